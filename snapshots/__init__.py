@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The content-addressed store. Not filled yet: images live in the cache directory (`mobid.images`)."""
