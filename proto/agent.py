@@ -30,10 +30,10 @@ TRAILER = struct.Struct("<I")
 CREDIT = struct.Struct("<BI")
 MAX_PAYLOAD = 65_536
 WINDOW = 65_536
-"""Bytes of one session that may be unacknowledged in one direction."""
+"""Bytes that may be unacknowledged in one channel of a session."""
 CHUNK = 16_384
 """Largest piece of a stream that this side puts into one frame, so that sessions share the line fairly."""
-MAX_SESSIONS = 256
+MAX_SESSIONS = 64
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 
@@ -175,7 +175,10 @@ def unpack_map(payload: bytes) -> dict[str, object]:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The agent is there; whatever ran before the `reset` is forgotten."""
+    """The agent is there, and knows no session that was opened before this.
+
+    It answers a `reset` with the reset's number, and says hello with number 0 when it has just been started.
+    """
 
     facts: Mapping[str, object]
 
@@ -220,8 +223,9 @@ Fact = Hello | Output | Writable | Finished | Violation
 @dataclass(slots=True)
 class _Session:
     credit: int = WINDOW
-    unacknowledged: int = 0
+    unacknowledged: dict[int, int] = field(default_factory=lambda: {STDOUT: 0, STDERR: 0})
     unreported: dict[int, int] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
     abandoned: bool = False
 
 
@@ -234,6 +238,7 @@ class AgentMachine:
         """Whether a `hello` came since the last `reset`."""
         self._sessions: dict[int, _Session] = {}
         self._last = 0
+        self._resets = 0
 
     @property
     def sessions(self) -> frozenset[int]:
@@ -244,7 +249,8 @@ class AgentMachine:
         """Begin (again): all sessions are forgotten on both sides."""
         self.ready = False
         self._sessions.clear()
-        return encode(Frame(FrameType.RESET, 0, pack_map({})))
+        self._resets = self._resets % 0xFFFF_FFFF + 1
+        return encode(Frame(FrameType.RESET, self._resets, pack_map({})))
 
     def open(self, kind: FrameType, arguments: Mapping[str, object]) -> tuple[int, bytes]:
         """Begin a session with a request: (its number, bytes). Raises `AgentError` if too many are open."""
@@ -279,7 +285,7 @@ class AgentMachine:
         known = self._sessions.get(session)
         if known is None:
             return b""
-        known.unacknowledged -= count
+        known.unacknowledged[channel] -= count
         free = known.unreported.get(channel, 0) + count
         if free < WINDOW // 4:
             known.unreported[channel] = free
@@ -320,8 +326,8 @@ class AgentMachine:
         for frame in frames:
             if frame.type == FrameType.HELLO:
                 facts += self._hello(frame)
-            elif frame.session in self._sessions:
-                fact, back = self._of_session(frame, self._sessions[frame.session])
+            elif (session := self._sessions.get(frame.session)) is not None:
+                fact, back = self._of_session(frame, session)
                 facts += [fact] if fact is not None else []
                 reply += back
         return facts, bytes(reply)
@@ -331,8 +337,16 @@ class AgentMachine:
             facts = unpack_map(frame.payload)
         except AgentError as error:
             return [Violation(0, str(error))]
+        if frame.session not in (0, self._resets):
+            return []
+        lost: list[Fact] = []
+        if frame.session == 0:
+            lost = [
+                Violation(number, "the guest's agent was started anew") for number in sorted(self.sessions)
+            ]
+            self._sessions.clear()
         self.ready = True
-        return [Hello(facts)]
+        return [*lost, Hello(facts)]
 
     def _of_session(self, frame: Frame, session: _Session) -> tuple[Fact | None, bytes]:
         number = frame.session
@@ -354,8 +368,12 @@ class AgentMachine:
             return None, encode(Frame(FrameType.CREDIT, number, CREDIT.pack(channel, len(data))))
         if channel not in (STDOUT, STDERR):
             return self._violated(number, f"the guest's agent sent bytes on channel {channel}")
-        session.unacknowledged += len(data)
-        if session.unacknowledged > WINDOW:
+        if channel in session.ended:
+            return self._violated(number, f"the guest's agent sent bytes behind the end of channel {channel}")
+        if not data:
+            session.ended.add(channel)
+        session.unacknowledged[channel] += len(data)
+        if session.unacknowledged[channel] > WINDOW:
             return self._violated(number, "the guest's agent sent more than its credit allows")
         return Output(number, channel, data), b""
 

@@ -121,8 +121,8 @@ def test_payloads_that_are_no_map_are_refused(payload: bytes) -> None:
 
 
 def hello(machine: AgentMachine) -> None:
-    machine.reset()
-    facts, back = machine.receive(encode(Frame(FrameType.HELLO, 0, pack_map({"version": 1}))))
+    [frame] = sent(machine.reset())
+    facts, back = machine.receive(encode(Frame(FrameType.HELLO, frame.session, pack_map({"version": 1}))))
     assert facts == [Hello({"version": 1})]
     assert back == b""
     assert machine.ready
@@ -200,10 +200,20 @@ def test_consumed_bytes_are_credited_before_the_window_is_used_up(sizes: list[in
 def test_a_guest_that_ignores_its_credit_loses_its_session() -> None:
     machine = AgentMachine()
     session, _ = machine.open(FrameType.EXEC, {"argv": ["yes"]})
-    facts, back = machine.receive(stream(session, 1, bytes(60_000)) + stream(session, 2, bytes(10_000)))
+    facts, _ = machine.receive(stream(session, 1, bytes(60_000)) + stream(session, 2, bytes(60_000)))
+    assert [type(fact) for fact in facts] == [Output, Output]
+    facts, back = machine.receive(stream(session, 1, bytes(10_000)))
     assert isinstance(facts[-1], Violation)
     assert [frame.type for frame in sent(back)] == [FrameType.SIGNAL]
     assert session not in machine.sessions
+
+
+def test_nothing_may_follow_the_end_of_a_channel() -> None:
+    machine = AgentMachine()
+    session, _ = machine.open(FrameType.EXEC, {"argv": ["true"]})
+    facts, _ = machine.receive(stream(session, 1, b"") + stream(session, 2, b"x") + stream(session, 1, b""))
+    assert facts[:2] == [Output(session, 1, b""), Output(session, 2, b"x")]
+    assert isinstance(facts[2], Violation)
 
 
 def test_an_abandoned_session_is_killed_and_drained() -> None:
@@ -226,6 +236,21 @@ def test_the_number_of_sessions_is_bounded() -> None:
         machine.open(FrameType.PROBE, {})
     machine.reset()
     machine.open(FrameType.PROBE, {})
+
+
+def test_a_restarted_agent_ends_the_sessions_it_does_not_know() -> None:
+    machine = AgentMachine()
+    hello(machine)
+    session, _ = machine.open(FrameType.EXEC, {"argv": ["sleep"]})
+    facts, _ = machine.receive(encode(Frame(FrameType.HELLO, 0, pack_map({"version": 1}))))
+    assert facts == [Violation(session, "the guest's agent was started anew"), Hello({"version": 1})]
+    machine.reset()
+    [current] = sent(machine.reset())
+    late = encode(Frame(FrameType.HELLO, current.session - 1, pack_map({})))
+    assert machine.receive(late) == ([], b"")
+    assert not machine.ready
+    machine.receive(encode(Frame(FrameType.HELLO, current.session, pack_map({}))))
+    assert machine.ready
 
 
 @given(st.lists(st.binary(max_size=200) | frames.map(encode), max_size=20))
