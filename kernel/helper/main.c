@@ -9,6 +9,7 @@
 #include <string.h>
 
 static const struct role *const roles[] = {
+#include "roles.inc"
 	NULL,
 };
 

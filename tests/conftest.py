@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures every suite may use: where the built helper is, and short directories for sockets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def helper_binary() -> Path:
+    """The built `mobi-helper`: `$MOBI_HELPER`, else the one of `build/helper`; skips if there is none."""
+    wanted = os.environ.get("MOBI_HELPER")
+    path = Path(wanted) if wanted else REPOSITORY / "build/helper/kernel/helper/mobi-helper"
+    if not os.access(path, os.X_OK):
+        pytest.skip(f"{path} is not built (meson setup build/helper; ninja -C build/helper)")
+    return path
+
+
+@pytest.fixture
+def socket_dir() -> Iterator[Path]:
+    """A private directory with a path short enough for unix sockets (108 bytes)."""
+    path = tempfile.mkdtemp(prefix="mobi-", dir="/tmp")
+    yield Path(path)
+    shutil.rmtree(path, ignore_errors=True)
