@@ -110,15 +110,18 @@ static bool enqueue(struct control *control, const void *data, size_t size, cons
 	return loop_modify(control->config.loop, control->connection_fd, EPOLLIN | EPOLLOUT) == 0;
 }
 
-/*
- * A connection that fails here is only shut down: the loop then sees its end. So no handler loses its connection
- * while it runs.
- */
+/* Only shut down: the loop then sees its end. So no handler loses its connection while it runs. */
+static void break_connection(struct control *control)
+{
+	control->connection_broken = true;
+	shutdown(control->connection_fd, SHUT_RDWR);
+}
+
 void control_transmit(struct control *control, const void *data, size_t size, const int *fds, size_t fd_count)
 {
 	int result = 1;
 
-	if (control->connection_fd < 0)
+	if (control->connection_fd < 0 || control->connection_broken)
 		return;
 	if (!control->queue_head)
 		result = send_datagram(control->connection_fd, data, size, fds, fd_count);
@@ -127,7 +130,7 @@ void control_transmit(struct control *control, const void *data, size_t size, co
 	if (result < 0 || !enqueue(control, data, size, fds, fd_count)) {
 		if (result > 0)
 			log_warning("the controller does not read its answers; disconnected");
-		shutdown(control->connection_fd, SHUT_RDWR);
+		break_connection(control);
 	}
 }
 
@@ -141,7 +144,7 @@ static void flush_queue(struct control *control)
 		if (result > 0)
 			return;
 		if (result < 0) {
-			shutdown(control->connection_fd, SHUT_RDWR);
+			break_connection(control);
 			return;
 		}
 		control->queue_head = queued->next;
@@ -212,7 +215,8 @@ static void handle_datagram(struct control *control, struct control_request *req
 
 	request->ticket.connection = control->connection;
 	msgpack_zone_init(&request->zone, 2048);
-	if (msgpack_unpack(data, size, &offset, &request->zone, &request->root) != MSGPACK_UNPACK_SUCCESS ||
+	if (!control_plausible(data, size) ||
+		msgpack_unpack(data, size, &offset, &request->zone, &request->root) != MSGPACK_UNPACK_SUCCESS ||
 		offset != size || request->root.type != MSGPACK_OBJECT_MAP) {
 		control_error(request, CONTROL_BAD_REQUEST, "a request is one MessagePack map");
 	} else {
@@ -304,6 +308,7 @@ static void listener_ready(void *context, int fd, uint32_t events)
 		return;
 	}
 	control->connection_fd = connection;
+	control->connection_broken = false;
 	control->connection++;
 	if (control->config.connection)
 		control->config.connection(control->config.context, true);

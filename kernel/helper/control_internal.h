@@ -17,6 +17,7 @@ struct control {
 	struct control_config config;
 	int listener_fd;
 	int connection_fd;
+	bool connection_broken;
 	uint64_t connection; /* counts the controllers, so that a late answer never reaches the next one */
 	struct control_queued *queue_head, *queue_tail;
 	size_t queue_length;
@@ -47,5 +48,6 @@ struct control_message {
 void control_transmit(struct control *control, const void *data, size_t size, const int *fds, size_t fd_count);
 const msgpack_object *control_find(const msgpack_object_map *map, const char *key); /* NULL: absent */
 bool control_check_keys(const struct control_args *args, const char *keys);
+bool control_plausible(const char *data, size_t size); /* one MessagePack object, of nothing it does not hold */
 
 #endif
