@@ -1,0 +1,510 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The catalog: what all peers agree on, as a pure function of a log.
+
+`apply(state, index, proposal)` takes one record and gives the next state, or refuses by raising `Refused`,
+in which case nothing changed. It is deterministic and total: every peer that applies the same records ends
+in the same state, today from the log of a single voter, later from a replicated one. Time is the record's,
+ids come with the entry or from a counter in the state.
+
+The right to run a guest is (owner, epoch). It moves only by `Handover` and then `Done` (destination, epoch
++ 1), or `Failover` (back to the source, epoch + 2), or, for a guest that runs nowhere, `MoveGuest` (epoch +
+1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from proto import entries as e
+from proto.identity import IdentityError, peer_id, public_key, verify
+from proto.state import CLOSED_MIGRATIONS, SESSION_WINDOW, Refused, Session, State
+
+__all__ = ["Refused", "State", "applied_index", "apply"]
+
+ValueT = TypeVar("ValueT")
+
+
+def applied_index(state: State, client: str, boot: int, sequence: int) -> int | None:
+    """The index at which this proposal was applied, None if it was not.
+
+    Raises `Refused` if it is too old to say.
+    """
+    session = state.sessions.get(client)
+    if not client or session is None or boot > session.boot:
+        return None
+    if boot < session.boot:
+        raise Refused("conflict", f"a proposal of an earlier start of peer {client} came too late")
+    if sequence in session.applied:
+        return session.applied[sequence]
+    if sequence <= session.floor():
+        raise Refused("conflict", f"proposal {sequence} of peer {client} came too late")
+    return None
+
+
+def apply(state: State, index: int, proposal: e.Proposal) -> State:
+    """The state after record `index`; raises `Refused` (then nothing changed, and `skip` gives the next
+    state).
+
+    A proposal that was applied before changes nothing but the index.
+    """
+    if index != state.index + 1:
+        raise ValueError(f"record {index} does not follow record {state.index}")
+    time = max(state.time, proposal.time)
+    if applied_index(state, proposal.client, proposal.boot, proposal.sequence) is not None:
+        return replace(state, index=index, time=time)
+    state = _transition(replace(state, index=index, time=time), proposal.entry, proposal.client)
+    return _remember(state, proposal)
+
+
+def skip(state: State, index: int) -> State:
+    """The state after a record that was refused."""
+    return replace(state, index=index)
+
+
+def _remember(state: State, proposal: e.Proposal) -> State:
+    if not proposal.client:
+        return state
+    session = state.sessions.get(proposal.client)
+    applied = dict(session.applied) if session and session.boot == proposal.boot else {}
+    applied[proposal.sequence] = state.index
+    if len(applied) > 2 * SESSION_WINDOW:
+        floor = max(applied) - SESSION_WINDOW
+        applied = {sequence: at for sequence, at in applied.items() if sequence > floor}
+    return replace(state, sessions=_with(state.sessions, proposal.client, Session(proposal.boot, applied)))
+
+
+def _with(mapping: Mapping[str, ValueT], key: str, value: ValueT) -> dict[str, ValueT]:
+    return {**mapping, key: value}
+
+
+def _without(mapping: Mapping[str, ValueT], key: str) -> dict[str, ValueT]:
+    return {k: v for k, v in mapping.items() if k != key}
+
+
+def _transition(state: State, entry: e.Entry, client: str) -> State:
+    if isinstance(entry, e.Batch):
+        for part in entry.entries:
+            if isinstance(part, e.Batch):
+                raise Refused("bad-argument", "a batch of entries cannot hold another batch")
+            state = _transition(state, part, client)
+        return state
+    if not state.mesh and not isinstance(entry, e.Found):
+        raise Refused("conflict", "the catalog's first entry must found the mesh")
+    return _TRANSITIONS[type(entry)](state, entry, client)
+
+
+# Peers, users and tokens.
+
+
+def _found(state: State, entry: e.Found, _client: str) -> State:
+    if state.mesh:
+        raise Refused("exists", f"this catalog belongs to mesh {state.mesh} already")
+    member = _checked_member(entry.member)
+    return replace(
+        state,
+        mesh=entry.mesh,
+        coordinator=member.id,
+        coordinator_since=state.time,
+        members={member.id: member.model_copy(update={"joined": state.time})},
+    )
+
+
+def _checked_member(member: e.Member) -> e.Member:
+    if _certificate_id(member.certificate) != member.id:
+        raise Refused(
+            "bad-argument", f"peer {member.name}: its certificate does not belong to id {member.id}"
+        )
+    return member
+
+
+def _certificate_id(certificate: bytes) -> str:
+    try:
+        return peer_id(public_key(certificate))
+    except IdentityError as error:
+        raise Refused("bad-argument", f"a certificate cannot be used: {error}") from None
+
+
+def _add_peer(state: State, entry: e.AddPeer, _client: str) -> State:
+    member = _checked_member(entry.member)
+    known = state.members.get(member.id)
+    if known and known.status == "member":
+        raise Refused("exists", f"peer {member.id} is a member already, as {known.name}")
+    _free_id(state, member.id)
+    for other in state.members.values():
+        if other.status == "member" and other.name == member.name:
+            raise Refused(
+                "exists", f"there is a peer named {member.name} already", "choose another name with --name"
+            )
+    state = _spend(state, member.token, peer=True)
+    member = member.model_copy(update={"joined": state.time, "status": "member", "draining": False})
+    return replace(state, members=_with(state.members, member.id, member))
+
+
+def _free_id(state: State, id: str) -> None:
+    if id in state.users:
+        raise Refused("exists", f"the key {id} belongs to user {state.users[id].name} already")
+    member = state.members.get(id)
+    if member and member.status == "member":
+        raise Refused("exists", f"the key {id} belongs to peer {member.name} already")
+
+
+def _spend(state: State, token: str, *, peer: bool) -> State:
+    """One use of a token; the one place where a token is judged."""
+    found = state.tokens.get(token)
+    again = "ask for a new one: mobictl peer token new"
+    if found is None:
+        raise Refused("unauthenticated", "this token is not known to the mesh", again)
+    if found.revoked:
+        raise Refused("unauthenticated", f"token {token} was revoked", again)
+    if state.time >= found.expires:
+        raise Refused("unauthenticated", f"token {token} has expired", again)
+    if found.uses < 1:
+        raise Refused("unauthenticated", f"token {token} is spent", again)
+    if (found.role == "peer") is not peer:
+        purpose = "admits a peer: mobictl peer join" if found.role == "peer" else "is a user's: mobictl login"
+        raise Refused("unauthenticated", f"token {token} {purpose}")
+    return replace(
+        state, tokens=_with(state.tokens, token, found.model_copy(update={"uses": found.uses - 1}))
+    )
+
+
+def _member(state: State, peer: str) -> e.Member:
+    member = state.members.get(peer)
+    if member is None or member.status != "member":
+        raise Refused("not-found", f"{state.peer_name(peer)} is no member of this mesh")
+    return member
+
+
+def _change_member(state: State, peer: str, **update: Any) -> State:
+    member = _member(state, peer).model_copy(update=update)
+    return replace(state, members=_with(state.members, peer, member))
+
+
+def _update_peer(state: State, entry: e.UpdatePeer, _client: str) -> State:
+    return _change_member(state, entry.peer, address=entry.address, site=entry.site, facts=entry.facts)
+
+
+def _drain_peer(state: State, entry: e.DrainPeer, _client: str) -> State:
+    return _change_member(state, entry.peer, draining=entry.draining)
+
+
+def _remove_peer(state: State, entry: e.RemovePeer, _client: str) -> State:
+    member = _member(state, entry.peer)
+    if member.id == state.coordinator:
+        raise Refused(
+            "conflict",
+            f"{member.name} keeps the catalog and cannot leave the mesh",
+            "end the whole mesh with mobictl down instead",
+        )
+    guests = state.guests_of(member.id)
+    if guests and not entry.force:
+        names = ", ".join(guest.key for guest in guests[:5])
+        raise Refused(
+            "conflict",
+            f"{member.name} still has guests: {names}",
+            f"move them: mobictl peer drain {member.name}",
+        )
+    for guest in guests:
+        lost = guest.model_copy(
+            update={"state": "lost", "state_since": state.time, "message": f"{member.name} was evicted"}
+        )
+        state = replace(state, guests=_with(state.guests, guest.key, lost))
+    return _change_member(state, member.id, status="left")
+
+
+def _add_user(state: State, entry: e.AddUser, _client: str) -> State:
+    user = entry.user
+    if _certificate_id(user.certificate) != user.id:
+        raise Refused("bad-argument", f"user {user.name}: the certificate does not belong to id {user.id}")
+    _free_id(state, user.id)
+    state = _spend(state, user.token, peer=False)
+    user = user.model_copy(update={"role": state.tokens[user.token].role})
+    return replace(state, users=_with(state.users, user.id, user))
+
+
+def _remove_user(state: State, entry: e.RemoveUser, _client: str) -> State:
+    if entry.user not in state.users:
+        raise Refused("not-found", f"there is no user {entry.user}")
+    return replace(state, users=_without(state.users, entry.user))
+
+
+def _add_token(state: State, entry: e.AddToken, _client: str) -> State:
+    if entry.token.id in state.tokens:
+        raise Refused("exists", f"there is a token {entry.token.id} already")
+    kept = {id: token for id, token in state.tokens.items() if token.expires > state.time - 7 * 86400}
+    return replace(state, tokens=_with(kept, entry.token.id, entry.token))
+
+
+def _revoke_token(state: State, entry: e.RevokeToken, _client: str) -> State:
+    token = state.tokens.get(entry.token)
+    if token is None:
+        raise Refused("not-found", f"there is no token {entry.token}", "mobictl peer token ls lists them")
+    return replace(state, tokens=_with(state.tokens, token.id, token.model_copy(update={"revoked": True})))
+
+
+# Labs and networks.
+
+
+def _put_lab(state: State, entry: e.PutLab, _client: str) -> State:
+    lab = entry.lab
+    old = state.labs.get(lab.name)
+    if old and not entry.replace:
+        raise Refused(
+            "exists", f"there is a lab {lab.name} already", f"mobictl lab down {lab.name} removes it"
+        )
+    created = old.created if old else state.time
+    return replace(state, labs=_with(state.labs, lab.name, lab.model_copy(update={"created": created})))
+
+
+def _remove_lab(state: State, entry: e.RemoveLab, _client: str) -> State:
+    if entry.lab not in state.labs:
+        raise Refused("not-found", f"there is no lab {entry.lab}")
+    left = [guest.key for guest in state.guests.values() if guest.lab == entry.lab]
+    left += [network.key for network in state.networks.values() if network.lab == entry.lab]
+    if left:
+        raise Refused("conflict", f"lab {entry.lab} still has {', '.join(left[:5])}")
+    return replace(state, labs=_without(state.labs, entry.lab))
+
+
+def _put_network(state: State, entry: e.PutNetwork, _client: str) -> State:
+    network = entry.network
+    if network.key in state.networks:
+        raise Refused("exists", f"there is a network {network.key} already")
+    if network.impairments and len(network.impairments) != len(network.members):
+        raise Refused("bad-argument", f"network {network.key}: one impairment per member is needed")
+    used = {other.id for other in state.networks.values()}
+    span = 2**24 - 1
+    id = next(
+        (i for i in (_wrap(state.next_network + k, span) for k in range(len(used) + 1)) if i not in used), 0
+    )
+    if not id:
+        raise Refused("no-room", "all 16,777,215 network ids are in use")
+    return replace(
+        state,
+        networks=_with(state.networks, network.key, network.model_copy(update={"id": id})),
+        next_network=_wrap(id + 1, span),
+    )
+
+
+def _wrap(id: int, span: int) -> int:
+    return (id - 1) % span + 1
+
+
+def _network(state: State, key: str) -> e.Network:
+    if key not in state.networks:
+        raise Refused("not-found", f"there is no network {key}")
+    return state.networks[key]
+
+
+def _remove_network(state: State, entry: e.RemoveNetwork, _client: str) -> State:
+    network = _network(state, entry.network)
+    for guest in state.guests.values():
+        if any(interface.network == network.key for interface in guest.interfaces):
+            raise Refused("conflict", f"network {network.key} is still used by {guest.key}")
+    return replace(state, networks=_without(state.networks, network.key))
+
+
+def _set_impairments(state: State, entry: e.SetImpairments, _client: str) -> State:
+    network = _network(state, entry.network)
+    if len(entry.impairments) != len(network.members):
+        raise Refused("bad-argument", f"network {network.key}: one impairment per member is needed")
+    network = network.model_copy(update={"impairments": entry.impairments})
+    return replace(state, networks=_with(state.networks, network.key, network))
+
+
+# Guests.
+
+
+def _guest(state: State, key: str) -> e.Guest:
+    if key not in state.guests:
+        raise Refused("not-found", f"there is no guest {key}")
+    return state.guests[key]
+
+
+def _change_guest(catalog: State, guest: e.Guest, **update: Any) -> State:
+    if update.get("state", guest.state) != guest.state:
+        update["state_since"] = catalog.time
+    guests = _with(catalog.guests, guest.key, guest.model_copy(update=update))
+    return replace(catalog, guests=guests)
+
+
+def _not_moving(state: State, key: str) -> None:
+    migration = state.open_migration(key)
+    if migration:
+        where = state.peer_name(migration.destination)
+        raise Refused("conflict", f"{key} is being moved to {where}", "wait until that has ended")
+
+
+def _add_guest(state: State, entry: e.AddGuest, _client: str) -> State:
+    guest = entry.guest
+    lab, _, name = guest.key.partition("/")
+    if not lab or not name:
+        raise Refused("bad-argument", f"a guest's key is LAB/NAME, not {guest.key!r}")
+    if guest.key in state.guests:
+        raise Refused(
+            "exists", f"there is a guest {guest.key} already", f"mobictl vm rm {guest.key} removes it"
+        )
+    if any(other.id == guest.id for other in state.guests.values()):
+        raise Refused("exists", f"the guest id {guest.id} is taken")
+    owner = _member(state, guest.owner)
+    if owner.draining:
+        raise Refused("conflict", f"{owner.name} is being drained and takes no guests")
+    for interface in guest.interfaces:
+        _network(state, interface.network)
+    if guest.epoch != 1:
+        raise Refused("bad-argument", f"{guest.key}: a new guest has epoch 1")
+    update = {"created": state.time, "state_since": state.time}
+    return replace(state, guests=_with(state.guests, guest.key, guest.model_copy(update=update)))
+
+
+def _remove_guest(state: State, entry: e.RemoveGuest, _client: str) -> State:
+    guest = _guest(state, entry.guest)
+    _not_moving(state, guest.key)
+    return replace(state, guests=_without(state.guests, guest.key))
+
+
+def _set_wanted(state: State, entry: e.SetWanted, _client: str) -> State:
+    guest = _guest(state, entry.guest)
+    _not_moving(state, guest.key)
+    return _change_guest(state, guest, wanted=entry.wanted)
+
+
+def _report(state: State, entry: e.Report, _client: str) -> State:
+    guest = _guest(state, entry.guest)
+    if (entry.owner, entry.epoch) != (guest.owner, guest.epoch):
+        raise Refused(
+            "conflict",
+            f"{guest.key} belongs to {state.peer_name(guest.owner)} in epoch {guest.epoch}, "
+            f"not to {state.peer_name(entry.owner)} in epoch {entry.epoch}",
+        )
+    optional = {"started", "restarts", "cpu_features", "xsave_size"}
+    update = {name: getattr(entry, name) for name in optional if getattr(entry, name) is not None}
+    return _change_guest(
+        state, guest, state=entry.state, exit_reason=entry.exit_reason, message=entry.message, **update
+    )
+
+
+def _move_guest(state: State, entry: e.MoveGuest, _client: str) -> State:
+    guest = _guest(state, entry.guest)
+    _not_moving(state, guest.key)
+    if guest.epoch != entry.epoch:
+        raise Refused("conflict", f"{guest.key} is in epoch {guest.epoch}, not {entry.epoch}")
+    if guest.state not in ("pending", "stopped", "failed", "lost"):
+        raise Refused(
+            "conflict", f"{guest.key} is {guest.state}: only a guest that runs nowhere can be reassigned"
+        )
+    _member(state, entry.owner)
+    return _change_guest(state, guest, owner=entry.owner, epoch=guest.epoch + 1, state="pending")
+
+
+# Handovers.
+
+
+def _handover(state: State, entry: e.Handover, _client: str) -> State:
+    guest = _guest(state, entry.guest)
+    _not_moving(state, guest.key)
+    source, destination = _member(state, entry.source), _member(state, entry.destination)
+    if entry.migration in state.migrations:
+        raise Refused("conflict", f"migration {entry.migration} was begun before: its token is spent")
+    if (guest.owner, guest.epoch) != (source.id, entry.epoch):
+        raise Refused(
+            "conflict",
+            f"{guest.key} belongs to {state.peer_name(guest.owner)} in epoch {guest.epoch}, "
+            f"not to {source.name} in epoch {entry.epoch}",
+        )
+    if destination.id == source.id:
+        raise Refused("bad-argument", f"{guest.key} is at {source.name} already")
+    if destination.draining:
+        raise Refused("conflict", f"{destination.name} is being drained and takes no guests")
+    migration = e.Migration(
+        id=entry.migration,
+        guest=guest.key,
+        epoch=entry.epoch,
+        source=source.id,
+        destination=destination.id,
+        expires=entry.expires,
+        opened=state.time,
+    )
+    return replace(state, migrations=_with(_pruned(state.migrations), migration.id, migration))
+
+
+def _pruned(migrations: Mapping[str, e.Migration]) -> Mapping[str, e.Migration]:
+    closed = [migration for migration in migrations.values() if migration.state != "open"]
+    if len(closed) < CLOSED_MIGRATIONS:
+        return migrations
+    return _without(migrations, min(closed, key=lambda migration: (migration.closed, migration.id)).id)
+
+
+def _open(state: State, id: str) -> tuple[e.Migration, e.Guest]:
+    migration = state.migrations.get(id)
+    if migration is None:
+        raise Refused("not-found", f"there is no migration {id}")
+    if migration.state != "open":
+        raise Refused("conflict", f"migration {id} of {migration.guest} is {migration.state} already")
+    return migration, _guest(state, migration.guest)
+
+
+def _close(catalog: State, migration: e.Migration, **update: Any) -> State:
+    closed = migration.model_copy(update={"closed": catalog.time, **update})
+    return replace(catalog, migrations=_with(catalog.migrations, migration.id, closed))
+
+
+def _done(state: State, entry: e.Done, client: str) -> State:
+    migration, guest = _open(state, entry.migration)
+    if client != migration.destination:
+        raise Refused("forbidden", f"only the destination can end migration {migration.id} well")
+    state = _change_guest(
+        state, guest, owner=migration.destination, epoch=migration.epoch + 1, state="running", message=""
+    )
+    return _close(state, migration, state="done")
+
+
+def _cancel(state: State, entry: e.Cancel, client: str) -> State:
+    migration, _ = _open(state, entry.migration)
+    if entry.refusal:
+        text = e.refusal_text(migration.id, migration.guest, migration.epoch)
+        destination = state.members[migration.destination]
+        if not verify(destination.certificate, entry.refusal, text):
+            raise Refused(
+                "forbidden", f"the refusal of migration {migration.id} is not signed by {destination.name}"
+            )
+    elif not (client == entry.by == migration.source):
+        raise Refused(
+            "forbidden", f"only its source can cancel migration {migration.id} without a signed refusal"
+        )
+    return _close(state, migration, state="cancelled", reason=entry.reason, refusal=entry.refusal)
+
+
+def _failover(state: State, entry: e.Failover, _client: str) -> State:
+    migration, guest = _open(state, entry.migration)
+    state = _change_guest(state, guest, owner=migration.source, epoch=migration.epoch + 2)
+    return _close(state, migration, state="failed-over", reason=entry.reason)
+
+
+_TRANSITIONS: dict[type[e.Entry], Callable[[State, Any, str], State]] = {
+    e.Found: _found,
+    e.AddPeer: _add_peer,
+    e.UpdatePeer: _update_peer,
+    e.DrainPeer: _drain_peer,
+    e.RemovePeer: _remove_peer,
+    e.AddUser: _add_user,
+    e.RemoveUser: _remove_user,
+    e.AddToken: _add_token,
+    e.RevokeToken: _revoke_token,
+    e.PutLab: _put_lab,
+    e.RemoveLab: _remove_lab,
+    e.PutNetwork: _put_network,
+    e.RemoveNetwork: _remove_network,
+    e.SetImpairments: _set_impairments,
+    e.AddGuest: _add_guest,
+    e.RemoveGuest: _remove_guest,
+    e.SetWanted: _set_wanted,
+    e.Report: _report,
+    e.MoveGuest: _move_guest,
+    e.Handover: _handover,
+    e.Done: _done,
+    e.Cancel: _cancel,
+    e.Failover: _failover,
+}
