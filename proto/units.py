@@ -196,7 +196,7 @@ Size = Annotated[
     int,
     *_field(
         parse_size,
-        str,
+        int,
         {
             "anyOf": [
                 {"type": "integer", "minimum": 0},
