@@ -6,11 +6,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 enum { LEVEL_DEBUG, LEVEL_INFO, LEVEL_WARNING, LEVEL_ERROR, LEVELS };
 
 #define LINE_SIZE 1024
+#define FILE_MAX (1 << 20)
 
 static const char *const level_names[LEVELS] = {"debug", "info", "warning", "error"};
 static const char *role_name = "helper";
@@ -24,6 +26,18 @@ void log_open(const char *role)
 	for (int level = 0; wanted && level < LEVELS; level++)
 		if (strcmp(wanted, level_names[level]) == 0)
 			lowest_level = level;
+}
+
+/* A log file begins anew when it is full: whoever started this process may be gone and cannot rotate it. */
+static void bound_file(void)
+{
+	static const char note[] = "info helper: the log was full, what was before is gone\n";
+	struct stat status;
+
+	if (fstat(STDERR_FILENO, &status) < 0 || !S_ISREG(status.st_mode) || status.st_size < FILE_MAX)
+		return;
+	if (ftruncate(STDERR_FILENO, 0) == 0)
+		(void)!write(STDERR_FILENO, note, sizeof(note) - 1);
 }
 
 static void write_line(int level, const char *format, va_list arguments)
@@ -42,9 +56,9 @@ static void write_line(int level, const char *format, va_list arguments)
 		if ((unsigned char)line[i] < ' ' || line[i] == 0x7f)
 			line[i] = '?';
 	line[length] = '\n';
-	if (write(STDERR_FILENO, line, (size_t)length + 1) < 0) {
-		/* a lost diagnostic is no reason to end a guest */
-	}
+	bound_file();
+	/* A lost diagnostic is no reason to end a guest. */
+	(void)!write(STDERR_FILENO, line, (size_t)length + 1);
 	errno = saved_errno;
 }
 

@@ -5,6 +5,7 @@
 /*
  * Diagnostics: one line per call on stderr, `level role: sentence`, written whole (lines of several processes that
  * share a log never mix). Control characters are replaced, so that a guest cannot forge lines. Never log a key.
+ * A file on stderr is kept under 1 MiB (open it O_APPEND).
  *
  *	log_open("disk");
  *	log_warning("%s: %s", path, strerror(errno));	->	warning disk: /x/overlay: No space left on device
