@@ -44,6 +44,7 @@ PROGRAMS = {
         ["-lmsgpackc", "-lz"],
     ),
     "mobi-witness": (["witness.c"], ["-lz"]),
+    "mobi-files": (["files.c"], []),
 }
 PLACES = {"mobi-init": "sbin", "mobi-agent": "sbin", "mobi-witness": "usr/bin"}
 STEP_TIMEOUT = 1200
@@ -228,7 +229,7 @@ cd "$root"
 mkdir -p proc sys dev run tmp root etc/mobi var/tmp sbin usr/bin
 if [ -d "$overlay" ]; then cp -R "$overlay/." .; fi
 install -m 755 "$programs/mobi-init" "$programs/mobi-agent" sbin/
-install -m 755 "$programs/mobi-witness" usr/bin/
+install -m 755 "$programs/mobi-witness" "$programs/mobi-files" usr/bin/
 printf '%s\n' "$name" >etc/mobi/image
 rm -f etc/resolv.conf etc/machine-id
 printf 'nameserver 127.0.0.1\n' >etc/resolv.conf
