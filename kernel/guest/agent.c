@@ -39,7 +39,7 @@ static void read_line(const char *path, char *text, int size)
 static void say_hello(uint32_t session)
 {
 	char boot_id[64], hostname[256] = "", image[128];
-	struct sysinfo info = { 0 };
+	struct sysinfo info = {0};
 	struct reply reply;
 
 	sysinfo(&info);
@@ -131,8 +131,8 @@ static bool turn(int signals, int timeout)
 	struct frame frame;
 	size_t n = 2;
 
-	watch[0] = (struct pollfd){ .fd = channel_fd(), .events = (short)(POLLIN | (channel_pending() ? POLLOUT : 0)) };
-	watch[1] = (struct pollfd){ .fd = signals, .events = POLLIN };
+	watch[0] = (struct pollfd){.fd = channel_fd(), .events = (short)(POLLIN | (channel_pending() ? POLLOUT : 0))};
+	watch[1] = (struct pollfd){.fd = signals, .events = POLLIN};
 	n += sessions_watch(watch + n);
 	if (poll(watch, n, timeout) < 0 && errno != EINTR)
 		return false;

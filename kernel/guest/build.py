@@ -2,14 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build guest images from recipes, as an ordinary user, once per content.
 
-An image is an ext4 file made of three layers: a Debian root (or, for the smallest, only unpacked packages), the files
-beside the recipe, and the guest programs of this folder (init, agent, witness). Each layer is cached by the hash of
-what it is made from, so changing the agent does not fetch Debian again, and a second run does nothing at all.
+An image is an ext4 file made of three layers: a Debian root (or, for the smallest, only unpacked
+packages), the files beside the recipe, and the guest programs of this folder (init, agent,
+witness). Each layer is cached by the hash of what it is made from, so changing the agent does not
+fetch Debian again, and a second run does nothing at all.
 
     build.py [NAME…]         build these images (default: all recipes), print one line each
     build.py --print-dir N   where image N is; exit 1 if it is not built
 
-Ownership inside the image comes from fakeroot, the file system from `mke2fs -d`: nothing is mounted, nobody is root.
+Ownership inside the image comes from fakeroot, the file system from `mke2fs -d`: nothing is
+mounted, nobody is root.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe file: packages, how the root is made, what is dropped, how much room is left free (bytes)."""
+    """One recipe file: packages, how the root is made, what is dropped, bytes left free."""
 
     name: str
     root: str  # "packages": only these, unpacked; "debian": a minimal system with them installed
@@ -156,7 +158,9 @@ def debian_mirror() -> str:
             found = re.search(r"^(?:deb\s+(?:\[[^]]*\]\s+)?|URIs:\s*)(\S+/debian/?)\s*", text, re.M)
             if found:
                 return found.group(1)
-    raise BuildError("no Debian mirror in /etc/apt/sources.list or sources.list.d: add one line `deb URI SUITE main`")
+    raise BuildError(
+        "no Debian mirror in /etc/apt/sources.list or sources.list.d: add one line `deb URI SUITE main`"
+    )
 
 
 def packages_root(recipe: Recipe, target: Path) -> None:
@@ -167,14 +171,28 @@ def packages_root(recipe: Recipe, target: Path) -> None:
         root.mkdir()
         for package in sorted(work.glob("*.deb")):
             run(["dpkg", "-x", str(package), str(root)], f"unpacking {package.name}")
-        pack = ["tar", "--sort=name", f"--mtime=@{EPOCH}", "--owner=0", "--group=0", "-C", str(root), "-cf", str(target), "."]
+        pack = [
+            "tar",
+            "--sort=name",
+            f"--mtime=@{EPOCH}",
+            "--owner=0",
+            "--group=0",
+            "-C",
+            str(root),
+            "-cf",
+            str(target),
+            ".",
+        ]
         run(pack, "packing the root")
 
 
 def debian_root(recipe: Recipe, target: Path) -> None:
     """A minimal Debian with these packages installed."""
     mode = "root" if os.geteuid() == 0 else "unshare" if can_unshare() else "fakechroot"
-    drops = [f"--dpkgopt=path-exclude={path}" for path in ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*")]
+    drops = [
+        f"--dpkgopt=path-exclude={path}"
+        for path in ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*")
+    ]
     run(
         [
             "mmdebstrap",
@@ -221,7 +239,8 @@ ASSEMBLE = r"""
 set -e
 root=$1 archive=$2 overlay=$3 programs=$4 name=$5 image=$6 free=$7; shift 7
 tar -xf "$archive" -C "$root"
-for path in var/lib/apt/lists var/cache/apt usr/share/doc usr/share/man usr/share/locale usr/share/info "$@"; do
+for path in var/lib/apt/lists var/cache/apt usr/share/doc usr/share/man usr/share/locale usr/share/info \
+	"$@"; do
 	rm -rf "$root"/$path
 done
 find "$root/dev" -mindepth 1 -delete 2>/dev/null || true
@@ -240,7 +259,8 @@ chmod 1777 tmp var/tmp
 find . -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
 kib=$(du -sk . | cut -f1)
 truncate -s $(( (kib * 1024 * 23 / 20 + free + 16777216) / 1048576 * 1048576 )) "$image"
-mke2fs -q -t ext4 -b 4096 -L mobi-root -U "$UUID" -E "hash_seed=$UUID,lazy_itable_init=0" -O ^metadata_csum_seed -m 0 -d . -F "$image"
+mke2fs -q -t ext4 -b 4096 -L mobi-root -U "$UUID" -E "hash_seed=$UUID,lazy_itable_init=0" \
+	-O ^metadata_csum_seed -m 0 -d . -F "$image"
 """
 
 
@@ -321,7 +341,9 @@ def replace_directory(fresh: Path, directory: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build guest images.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="recipes to build (default: all)")
-    parser.add_argument("--print-dir", metavar="NAME", help="print where an image is; exit 1 if it is not built")
+    parser.add_argument(
+        "--print-dir", metavar="NAME", help="print where an image is; exit 1 if it is not built"
+    )
     options = parser.parse_args()
     if options.print_dir:
         if described(options.print_dir) is None:

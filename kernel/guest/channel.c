@@ -83,10 +83,8 @@ bool channel_next(struct frame *frame)
 			in_start++;
 			continue;
 		}
-		*frame = (struct frame){ .type = at[2],
-			.session = get32(at + 4),
-			.length = length,
-			.payload = at + FRAME_HEADER };
+		*frame = (struct frame){
+			.type = at[2], .session = get32(at + 4), .length = length, .payload = at + FRAME_HEADER};
 		in_start += whole;
 		return true;
 	}

@@ -77,7 +77,7 @@ static bool name_of_mac(const char *mac, char name[IFNAMSIZ])
 
 static int set_flags(int fd, const char *name, short on, short off)
 {
-	struct ifreq request = { 0 };
+	struct ifreq request = {0};
 
 	snprintf(request.ifr_name, IFNAMSIZ, "%s", name);
 	if (ioctl(fd, SIOCGIFFLAGS, &request))
@@ -88,7 +88,7 @@ static int set_flags(int fd, const char *name, short on, short off)
 
 static int rename_interface(int fd, const char *from, const char *to)
 {
-	struct ifreq request = { 0 };
+	struct ifreq request = {0};
 
 	if (strcmp(from, to) == 0)
 		return 0;
@@ -101,7 +101,7 @@ static int rename_interface(int fd, const char *from, const char *to)
 
 static int set_mtu(int fd, const char *name, int mtu)
 {
-	struct ifreq request = { .ifr_mtu = mtu };
+	struct ifreq request = {.ifr_mtu = mtu};
 
 	snprintf(request.ifr_name, IFNAMSIZ, "%s", name);
 	return ioctl(fd, SIOCSIFMTU, &request);
@@ -109,8 +109,8 @@ static int set_mtu(int fd, const char *name, int mtu)
 
 static int add_ipv4(const char *name, struct in_addr address, int prefix)
 {
-	struct ifreq request = { 0 };
-	struct sockaddr_in in = { .sin_family = AF_INET, .sin_addr = address };
+	struct ifreq request = {0};
+	struct sockaddr_in in = {.sin_family = AF_INET, .sin_addr = address};
 	int fd = control_socket(AF_INET), failed;
 
 	snprintf(request.ifr_name, IFNAMSIZ, "%s", name);
@@ -127,9 +127,8 @@ static int add_ipv4(const char *name, struct in_addr address, int prefix)
 
 static int add_ipv6(const char *name, struct in6_addr address, int prefix)
 {
-	struct in6_ifreq request = { .ifr6_addr = address,
-		.ifr6_prefixlen = (uint32_t)prefix,
-		.ifr6_ifindex = (int)if_nametoindex(name) };
+	struct in6_ifreq request = {
+		.ifr6_addr = address, .ifr6_prefixlen = (uint32_t)prefix, .ifr6_ifindex = (int)if_nametoindex(name)};
 	int fd = control_socket(AF_INET6);
 	int failed = ioctl(fd, SIOCSIFADDR, &request);
 

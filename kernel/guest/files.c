@@ -6,8 +6,9 @@
  *   mobi-files read DIRECTORY [SECONDS]      read them in turn until the time is over (0 = for ever)
  *
  * Word w of file f is a mixed function of (f, w). `read` bypasses the page cache, so each byte crosses the network each
- * time; it prints one JSON object a line: {"t": seconds, "bytes": n} for every 100 ms, {"t", "file", "bytes", "seconds",
- * "wrong": words} for every file, and a last {"reads", "bad", "bytes"}. Times are CLOCK_REALTIME, to lay them beside a migration's.
+ * time; it prints one JSON object a line: {"t": seconds, "bytes": n} for every 100 ms, {"t", "file", "bytes",
+ * "seconds", "wrong": words} for every file, and a last {"reads", "bad", "bytes"}. Times are CLOCK_REALTIME, to lay
+ * them beside a migration's.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -99,7 +100,7 @@ struct outcome {
 /* Reads one file to its end, or until the deadline. */
 static struct outcome read_file(const char *path, unsigned long file, double deadline)
 {
-	struct outcome outcome = { 0 };
+	struct outcome outcome = {0};
 	int fd = open(path, O_RDONLY | O_CLOEXEC | O_DIRECT);
 	ssize_t n;
 
@@ -155,8 +156,9 @@ static int read_all(const char *directory, double seconds)
 		bytes += outcome.bytes;
 		reads += outcome.whole || outcome.wrong;
 		bad += outcome.wrong > 0;
-		printf("{\"t\": %.3f, \"file\": %lu, \"bytes\": %llu, \"seconds\": %.3f, \"wrong\": %llu, \"whole\": %s}\n", start, f,
-			(unsigned long long)outcome.bytes, now() - start, (unsigned long long)outcome.wrong,
+		printf("{\"t\": %.3f, \"file\": %lu, \"bytes\": %llu, \"seconds\": %.3f, \"wrong\": %llu, \"whole\": "
+		       "%s}\n",
+			start, f, (unsigned long long)outcome.bytes, now() - start, (unsigned long long)outcome.wrong,
 			outcome.whole ? "true" : "false");
 		fflush(stdout);
 		if (!outcome.bytes)

@@ -30,13 +30,13 @@ struct mount_point {
 };
 
 static const struct mount_point mounts[] = {
-	{ "proc", "/proc", "proc", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC },
-	{ "sysfs", "/sys", "sysfs", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC },
-	{ "devtmpfs", "/dev", "devtmpfs", "mode=0755", MS_NOSUID },
-	{ "devpts", "/dev/pts", "devpts", "mode=0620,ptmxmode=0666", MS_NOSUID | MS_NOEXEC },
-	{ "tmpfs", "/dev/shm", "tmpfs", "mode=1777", MS_NOSUID | MS_NODEV },
-	{ "tmpfs", "/run", "tmpfs", "mode=0755", MS_NOSUID | MS_NODEV },
-	{ "tmpfs", "/tmp", "tmpfs", "mode=1777", MS_NOSUID | MS_NODEV },
+	{"proc", "/proc", "proc", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
+	{"sysfs", "/sys", "sysfs", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
+	{"devtmpfs", "/dev", "devtmpfs", "mode=0755", MS_NOSUID},
+	{"devpts", "/dev/pts", "devpts", "mode=0620,ptmxmode=0666", MS_NOSUID | MS_NOEXEC},
+	{"tmpfs", "/dev/shm", "tmpfs", "mode=1777", MS_NOSUID | MS_NODEV},
+	{"tmpfs", "/run", "tmpfs", "mode=0755", MS_NOSUID | MS_NODEV},
+	{"tmpfs", "/tmp", "tmpfs", "mode=1777", MS_NOSUID | MS_NODEV},
 };
 
 static void say(const char *what, const char *which)
@@ -80,7 +80,7 @@ static pid_t start_agent(void)
 /* Reaps until nobody is left or the time is over. */
 static void wait_for_everybody(int milliseconds)
 {
-	const struct timespec step = { .tv_nsec = 20 * 1000 * 1000 };
+	const struct timespec step = {.tv_nsec = 20 * 1000 * 1000};
 
 	for (int waited = 0; waited < milliseconds; waited += 20) {
 		pid_t pid;
@@ -110,7 +110,7 @@ static void end_guest(int how)
 
 int main(void)
 {
-	const struct timespec respawn_delay = { .tv_sec = 1 };
+	const struct timespec respawn_delay = {.tv_sec = 1};
 	sigset_t handled;
 	pid_t agent;
 

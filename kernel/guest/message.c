@@ -56,7 +56,8 @@ int64_t map_int(const msgpack_object_map *map, const char *key, int64_t otherwis
 {
 	const msgpack_object *value = map_get(map, key);
 
-	if (!value || (value->type != MSGPACK_OBJECT_POSITIVE_INTEGER && value->type != MSGPACK_OBJECT_NEGATIVE_INTEGER))
+	if (!value ||
+		(value->type != MSGPACK_OBJECT_POSITIVE_INTEGER && value->type != MSGPACK_OBJECT_NEGATIVE_INTEGER))
 		return otherwise;
 	return value->via.i64;
 }
@@ -130,7 +131,8 @@ void reply_bool(struct reply *reply, const char *key, bool value)
 void reply_send(struct reply *reply, uint8_t type)
 {
 	if (!channel_send(type, reply->session, reply->buffer.data, reply->buffer.size))
-		fprintf(stderr, "mobi-agent: the host does not read; a result of %zu bytes is lost\n", reply->buffer.size);
+		fprintf(stderr, "mobi-agent: the host does not read; a result of %zu bytes is lost\n",
+			reply->buffer.size);
 	msgpack_sbuffer_destroy(&reply->buffer);
 }
 

@@ -47,7 +47,7 @@ static void *loop(void *unused)
 	for (;;) {
 		int64_t before = clock_ns(CLOCK_MONOTONIC), step = before < fast_until ? FAST_NS : SLOW_NS;
 		int64_t due = before + step, woken;
-		struct timespec until = { .tv_sec = due / 1000000000, .tv_nsec = due % 1000000000 };
+		struct timespec until = {.tv_sec = due / 1000000000, .tv_nsec = due % 1000000000};
 
 		pthread_cond_timedwait(&faster, &lock, &until);
 		woken = clock_ns(CLOCK_MONOTONIC);
@@ -83,7 +83,7 @@ void probe(struct request *request)
 {
 	bool with_samples = map_bool(request->map, "samples", false);
 	struct reply reply;
-	struct sysinfo info = { 0 };
+	struct sysinfo info = {0};
 
 	sysinfo(&info);
 	pthread_mutex_lock(&lock);

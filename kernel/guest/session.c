@@ -21,7 +21,7 @@
 enum kind { FREE, EXEC, GET, PUT };
 
 struct end {
-	int fd;		 /* -1: closed */
+	int fd;          /* -1: closed */
 	uint32_t credit; /* bytes we may still send (outputs) */
 };
 
@@ -98,7 +98,7 @@ static struct session *begin(uint32_t id, enum kind kind)
 		s->kind = kind;
 		s->id = id;
 		for (int e = 0; e < 3; e++)
-			s->ends[e] = (struct end){ .fd = -1, .credit = CREDIT_WINDOW };
+			s->ends[e] = (struct end){.fd = -1, .credit = CREDIT_WINDOW};
 		s->pending = malloc(CREDIT_WINDOW);
 		if (s->pending)
 			return s;
@@ -177,7 +177,7 @@ static bool open_streams(struct session *s, struct program *p)
 		p->out = fcntl(slave, F_DUPFD_CLOEXEC, 3);
 		p->err = fcntl(slave, F_DUPFD_CLOEXEC, 3);
 	} else if (!open_pipe(&s->ends[0].fd, &p->in, true) || !open_pipe(&s->ends[1].fd, &p->out, false) ||
-		!open_pipe(&s->ends[2].fd, &p->err, false)) {
+		   !open_pipe(&s->ends[2].fd, &p->err, false)) {
 		return false;
 	}
 	for (int i = 0; i < 3; i++)
@@ -188,7 +188,7 @@ static bool open_streams(struct session *s, struct program *p)
 
 static void close_child_ends(struct program *p)
 {
-	const int fds[] = { p->in, p->out, p->err };
+	const int fds[] = {p->in, p->out, p->err};
 
 	for (int i = 0; i < 3; i++)
 		if (fds[i] >= 0)
@@ -217,7 +217,8 @@ static void start_program(struct session *s, struct program *p)
 		error = 0;
 	close(report[0]);
 	if (error) {
-		result_error(s->id, error == ENOENT ? "not-found" : "failed", "cannot run %s: %s", p->argv[0], strerror(error));
+		result_error(s->id, error == ENOENT ? "not-found" : "failed", "cannot run %s: %s", p->argv[0],
+			strerror(error));
 		release(s);
 	}
 }
@@ -225,13 +226,13 @@ static void start_program(struct session *s, struct program *p)
 void session_exec(struct request *request, char **base_environment)
 {
 	const msgpack_object *environment = map_get(request->map, "env");
-	struct program p = { .argv = map_strings(request->map, "argv"),
+	struct program p = {.argv = map_strings(request->map, "argv"),
 		.cwd = map_string(request->map, "cwd"),
 		.tty = map_bool(request->map, "tty", false),
 		.base_environment = base_environment,
 		.in = -1,
 		.out = -1,
-		.err = -1 };
+		.err = -1};
 	struct session *s;
 
 	if (environment && environment->type == MSGPACK_OBJECT_MAP)
@@ -407,7 +408,7 @@ void session_credit(const struct frame *frame)
 
 static void give_credit(struct session *s, uint32_t bytes)
 {
-	uint8_t payload[5] = { 0 };
+	uint8_t payload[5] = {0};
 
 	memcpy(payload + 1, &bytes, sizeof bytes);
 	channel_send(FRAME_CREDIT, s->id, payload, sizeof payload);
@@ -427,8 +428,8 @@ static void move_input(struct session *s)
 				give_credit(s, (uint32_t)n);
 		} else if (n < 0 && errno != EAGAIN && errno != EINTR) {
 			if (s->kind == PUT) {
-				result_error(s->id, errno == ENOSPC ? "no-space" : "failed", "cannot write %s: %s", s->path,
-					strerror(errno));
+				result_error(s->id, errno == ENOSPC ? "no-space" : "failed", "cannot write %s: %s",
+					s->path, strerror(errno));
 				release(s);
 				return;
 			}
@@ -495,10 +496,10 @@ size_t sessions_watch(struct pollfd *watch)
 		struct session *s = &sessions[i];
 
 		if (s->kind == EXEC && s->ends[0].fd >= 0 && s->pending_end > s->pending_start)
-			watch[n++] = (struct pollfd){ .fd = s->ends[0].fd, .events = POLLOUT };
+			watch[n++] = (struct pollfd){.fd = s->ends[0].fd, .events = POLLOUT};
 		for (int e = 1; s->kind == EXEC && e < 3; e++)
 			if (s->ends[e].fd >= 0 && (s->silent || s->ends[e].credit))
-				watch[n++] = (struct pollfd){ .fd = s->ends[e].fd, .events = POLLIN };
+				watch[n++] = (struct pollfd){.fd = s->ends[e].fd, .events = POLLIN};
 	}
 	return n;
 }

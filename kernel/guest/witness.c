@@ -51,7 +51,8 @@ struct record {
 };
 
 static struct {
-	_Atomic uint64_t pages, page_errors, records, disk_errors, sent, received, tcp_errors, connected, largest_gap_ns;
+	_Atomic uint64_t pages, page_errors, records, disk_errors, sent, received, tcp_errors, connected,
+		largest_gap_ns;
 } count;
 static char first_error[256];
 static pthread_mutex_t error_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -61,7 +62,7 @@ static struct {
 	int threads;
 	const char *disk, *connect, *socket;
 	int listen;
-} options = { .memory = 16 << 20, .threads = 2, .socket = DEFAULT_SOCKET };
+} options = {.memory = 16 << 20, .threads = 2, .socket = DEFAULT_SOCKET};
 
 static __attribute__((format(printf, 2, 3))) void wrong(_Atomic uint64_t *counter, const char *format, ...)
 {
@@ -79,7 +80,7 @@ static __attribute__((format(printf, 2, 3))) void wrong(_Atomic uint64_t *counte
 
 static void pause_ms(long milliseconds)
 {
-	const struct timespec t = { .tv_sec = milliseconds / 1000, .tv_nsec = milliseconds % 1000 * 1000000 };
+	const struct timespec t = {.tv_sec = milliseconds / 1000, .tv_nsec = milliseconds % 1000 * 1000000};
 
 	nanosleep(&t, NULL);
 }
@@ -177,8 +178,10 @@ static void *check_disk(void *unused)
 		uint64_t old = number >= DISK_RECORDS ? mix(number) % (DISK_RECORDS - 1) + 1 : number;
 
 		record_fill(&record, number);
-		if (pwrite(fd, &record, sizeof record, (off_t)(number % DISK_RECORDS * PAGE)) != sizeof record || fsync(fd))
-			wrong(&count.disk_errors, "cannot write record %llu: %s", (unsigned long long)number, strerror(errno));
+		if (pwrite(fd, &record, sizeof record, (off_t)(number % DISK_RECORDS * PAGE)) != sizeof record ||
+			fsync(fd))
+			wrong(&count.disk_errors, "cannot write record %llu: %s", (unsigned long long)number,
+				strerror(errno));
 		old = number - old;
 		posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
 		if (pread(fd, &record, sizeof record, (off_t)(old % DISK_RECORDS * PAGE)) != sizeof record ||
@@ -247,7 +250,7 @@ static void exchange(int fd)
 
 static void *serve_tcp(void *unused)
 {
-	struct sockaddr_in6 any = { .sin6_family = AF_INET6, .sin6_port = htons((uint16_t)options.listen) };
+	struct sockaddr_in6 any = {.sin6_family = AF_INET6, .sin6_port = htons((uint16_t)options.listen)};
 	int listener = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1, off = 0, fd;
 
 	(void)unused;
@@ -266,7 +269,7 @@ static void *connect_tcp(void *unused)
 {
 	char host[256];
 	const char *colon = strrchr(options.connect, ':');
-	struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *found = NULL;
+	struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *found = NULL;
 	int fd = -1;
 
 	(void)unused;
@@ -306,7 +309,8 @@ static void *check_clock(void *unused)
 		clock_gettime(CLOCK_MONOTONIC, &t);
 		after = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 		if (after < before)
-			wrong(&count.page_errors, "CLOCK_MONOTONIC went back by %llu ns", (unsigned long long)(before - after));
+			wrong(&count.page_errors, "CLOCK_MONOTONIC went back by %llu ns",
+				(unsigned long long)(before - after));
 		if (after - before > atomic_load(&count.largest_gap_ns))
 			atomic_store(&count.largest_gap_ns, after - before);
 		before = after;
@@ -328,13 +332,15 @@ static void answer(int fd)
 	bad = atomic_load(&count.page_errors) + atomic_load(&count.disk_errors) + atomic_load(&count.tcp_errors);
 	pthread_mutex_lock(&error_lock);
 	fprintf(out,
-		"{\"bad\": %llu, \"pages\": %llu, \"page_errors\": %llu, \"disk_records\": %llu, \"disk_errors\": %llu, "
+		"{\"bad\": %llu, \"pages\": %llu, \"page_errors\": %llu, \"disk_records\": %llu, \"disk_errors\": "
+		"%llu, "
 		"\"tcp_sent\": %llu, \"tcp_received\": %llu, \"tcp_errors\": %llu, \"tcp_connections\": %llu, "
 		"\"largest_gap_ms\": %.3f, \"first_error\": \"%s\"}\n",
 		(unsigned long long)bad, (unsigned long long)count.pages, (unsigned long long)count.page_errors,
-		(unsigned long long)count.records, (unsigned long long)count.disk_errors, (unsigned long long)count.sent,
-		(unsigned long long)count.received, (unsigned long long)count.tcp_errors,
-		(unsigned long long)count.connected, (double)count.largest_gap_ns / 1e6, first_error);
+		(unsigned long long)count.records, (unsigned long long)count.disk_errors,
+		(unsigned long long)count.sent, (unsigned long long)count.received,
+		(unsigned long long)count.tcp_errors, (unsigned long long)count.connected,
+		(double)count.largest_gap_ns / 1e6, first_error);
 	pthread_mutex_unlock(&error_lock);
 	fclose(out);
 }
@@ -348,7 +354,7 @@ static int unix_address(struct sockaddr_un *address)
 
 static int run(void)
 {
-	struct sockaddr_un address = { 0 };
+	struct sockaddr_un address = {0};
 	int listener = unix_address(&address);
 	pthread_t thread;
 
@@ -379,7 +385,7 @@ static int run(void)
 
 static int report(void)
 {
-	struct sockaddr_un address = { 0 };
+	struct sockaddr_un address = {0};
 	int fd = unix_address(&address);
 	char text[2048];
 	size_t length = 0;
@@ -398,7 +404,8 @@ static int report(void)
 
 static int usage(FILE *out)
 {
-	fprintf(out, "usage: mobi-witness run [--memory MIB] [--threads N] [--disk FILE] [--listen PORT | --connect HOST:PORT]\n"
+	fprintf(out, "usage: mobi-witness run [--memory MIB] [--threads N] [--disk FILE] [--listen PORT | --connect "
+		     "HOST:PORT]\n"
 		     "                        [--socket PATH]\n"
 		     "       mobi-witness report [--socket PATH]\n");
 	return out == stdout ? 0 : 2;
@@ -406,10 +413,10 @@ static int usage(FILE *out)
 
 int main(int argc, char **argv)
 {
-	static const struct option known[] = { { "memory", required_argument, NULL, 'm' },
-		{ "threads", required_argument, NULL, 't' }, { "disk", required_argument, NULL, 'd' },
-		{ "listen", required_argument, NULL, 'l' }, { "connect", required_argument, NULL, 'c' },
-		{ "socket", required_argument, NULL, 's' }, { "help", no_argument, NULL, 'h' }, { 0 } };
+	static const struct option known[] = {{"memory", required_argument, NULL, 'm'},
+		{"threads", required_argument, NULL, 't'}, {"disk", required_argument, NULL, 'd'},
+		{"listen", required_argument, NULL, 'l'}, {"connect", required_argument, NULL, 'c'},
+		{"socket", required_argument, NULL, 's'}, {"help", no_argument, NULL, 'h'}, {0}};
 	int option;
 
 	while ((option = getopt_long(argc, argv, "", known, NULL)) != -1) {
