@@ -19,16 +19,19 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import IO, Annotated, Any, Protocol
+from typing import IO, Annotated, Any
 
 import trio
 from pydantic import Field, StringConstraints
 
-from proto.api import Arguments, OperationError
-from proto.problems import nearest
+from mobid.catalog import Catalog
+from mobid.links import Links, Stream
+from mobid.operations import Request, operation
+from proto.api import NAME_PATTERN, Arguments, OperationError
 
 FORMAT = 1
 CHUNK = 1 << 20
@@ -48,7 +51,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 class ImageFetch(Arguments):
     """`image.fetch`: items `{offset, data, packed}` of the root, without its zeros; result `{size, init}`."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$")]
+    name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
     sha256: Sha256
 
 
@@ -64,15 +67,6 @@ class Piece(Arguments):
     offset: Annotated[int, Field(ge=0, lt=MAX_IMAGE)]
     data: Annotated[bytes, Field(max_length=CHUNK + 4096)]
     packed: bool = False
-
-
-class Transfer(Protocol):
-    """A request to another peer that is under way: its items, then its result."""
-
-    def __aiter__(self) -> AsyncIterator[Mapping[str, Any]]: ...
-
-    @property
-    def result(self) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +96,17 @@ class Kernel:
     sha256: str
 
 
-def cache_directory() -> Path:
-    """`${XDG_CACHE_HOME:-~/.cache}/mobitopolo`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mobitopolo"
+Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class Images:
-    """The images and kernels of this machine's cache."""
+    """The images and kernels of this machine's cache, and of the other peers'. `me` is this peer's id."""
 
-    def __init__(self, cache: Path | None = None) -> None:
-        self.cache = cache if cache is not None else cache_directory()
+    def __init__(self, cache: Path, catalog: Catalog, links: Links, me: str) -> None:
+        self.cache = cache
+        self._catalog = catalog
+        self._links = links
+        self._me = me
         self._locks: dict[str, trio.Lock] = {}
 
     def ls(self) -> list[Image]:
@@ -157,17 +152,33 @@ class Images:
                     f"remove {image.directory} and build the image again",
                 )
 
-    async def ensure(self, name: str, sha256: str, ask: Callable[[str, Arguments], Transfer]) -> Image:
-        """The image with exactly this hash, verified; fetched by `ask(op, arguments)` if it is not here."""
+    async def resolve(self, reference: str) -> tuple[str, str]:
+        """(name, hash) of an image that this or another peer has. Raises `OperationError` as `find`."""
+        try:
+            image = self.find(reference)
+        except OperationError as error:
+            for peer in self._others():
+                with contextlib.suppress(OperationError):
+                    rows = await self._links.call(peer, "image.ls", timeout=5)
+                    name, _, digest = reference.partition("@")
+                    for row in rows:
+                        if row["image"] == name and row["hash"].startswith(digest):
+                            return str(row["image"]), str(row["hash"])
+            raise error
+        return image.name, image.sha256
+
+    async def ensure(self, name: str, sha256: str) -> Image:
+        """The image with exactly this hash, verified; fetched from a peer that has it if it is not here."""
         async with self._lock(f"image {sha256}"):
             with contextlib.suppress(OperationError):
                 image = self.find(f"{name}@{sha256}")
                 await self.verify(image)
                 return image
-            transfer = ask("image.fetch", ImageFetch(name=name, sha256=sha256))
+            what = f"the image {name!r} with the hash {sha256[:SHORT_HASH]}"
             async with self._workplace() as work:
-                await _receive(work / "root.ext4", transfer, sha256, MAX_IMAGE, f"the image {name!r}")
-                page = _checked_page(name, sha256, (work / "root.ext4").stat().st_size, transfer.result)
+                arguments = ImageFetch(name=name, sha256=sha256)
+                result = await self._fetch("image.fetch", arguments, work / "root.ext4", MAX_IMAGE, what)
+                page = _checked_page(name, sha256, (work / "root.ext4").stat().st_size, result)
                 (work / "image.json").write_text(json.dumps(page, indent=1) + "\n")
                 target = self._directory("images") / name
                 if target.exists():
@@ -175,13 +186,8 @@ class Images:
                 _adopt(work, target)
             return self.find(f"{name}@{sha256}")
 
-    async def serve(self, image: Image, send: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-        """Carry out `image.fetch`: `send` each piece; the result."""
-        await _send(image.root, send)
-        return {"size": image.size, "init": image.init}
-
     async def kernel(self) -> Kernel:
-        """The kernel that new guests get: `$MOBI_KERNEL`, else the one built last. Raises `OperationError`."""
+        """The kernel that new guests get: `$MOBI_KERNEL`, else the one built last."""
         named = os.environ.get("MOBI_KERNEL")
         candidates = [Path(named)] if named else self._kernels()
         if not candidates or not os.access(candidates[0], os.X_OK):
@@ -201,22 +207,55 @@ class Images:
                 return Kernel(path, sha256)
         raise OperationError("not-found", f"the guest kernel {sha256[:SHORT_HASH]} is not here")
 
-    async def ensure_kernel(self, sha256: str, ask: Callable[[str, Arguments], Transfer]) -> Kernel:
-        """The kernel with exactly this hash, fetched by `ask(op, arguments)` if it is not here."""
+    async def ensure_kernel(self, sha256: str) -> Kernel:
+        """The kernel with exactly this hash, fetched from a peer that has it if it is not here."""
         async with self._lock(f"kernel {sha256}"):
             with contextlib.suppress(OperationError):
                 return await self.find_kernel(sha256)
-            transfer = ask("kernel.fetch", KernelFetch(sha256=sha256))
+            what = f"the guest kernel {sha256[:SHORT_HASH]}"
             async with self._workplace() as work:
-                await _receive(work / "linux", transfer, sha256, MAX_KERNEL, "the guest kernel")
+                await self._fetch(
+                    "kernel.fetch", KernelFetch(sha256=sha256), work / "linux", MAX_KERNEL, what
+                )
                 (work / "linux").chmod(0o755)
                 _adopt(work, self._directory("kernels") / f"fetched-{sha256[:SHORT_HASH]}")
             return await self.find_kernel(sha256)
 
-    async def serve_kernel(self, kernel: Kernel, send: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-        """Carry out `kernel.fetch`."""
-        await _send(kernel.path, send)
+    @operation("image.ls", role="viewer")
+    async def op_ls(self, _request: Request, _args: Arguments) -> list[dict[str, Any]]:
+        return [image.as_dict() for image in self.ls()]
+
+    @operation("image.fetch", role="peer", args=ImageFetch, timeout=None)
+    async def op_fetch(self, request: Request, args: ImageFetch) -> dict[str, Any]:
+        image = self.find(f"{args.name}@{args.sha256}")
+        await self.verify(image)
+        await _send(image.root, request.item)
+        return {"size": image.size, "init": image.init}
+
+    @operation("kernel.fetch", role="peer", args=KernelFetch, timeout=None)
+    async def op_fetch_kernel(self, request: Request, args: KernelFetch) -> dict[str, Any]:
+        kernel = await self.find_kernel(args.sha256)
+        await _send(kernel.path, request.item)
         return {"size": kernel.path.stat().st_size}
+
+    def _others(self) -> list[str]:
+        """The other members that may answer, by id."""
+        members = self._catalog.state.members.values()
+        there = [m.id for m in members if m.status == "member" and m.id != self._me]
+        return [peer for peer in there if self._links.liveness(peer).state != "dead"]
+
+    async def _fetch(self, op: str, args: ImageFetch | KernelFetch, path: Path, limit: int, what: str) -> Any:
+        """Get a file from the first peer that has it; the result of the request."""
+        reasons: list[str] = []
+        for peer in self._others():
+            path.unlink(missing_ok=True)
+            try:
+                async with self._links.stream(peer, op, args) as stream:
+                    return await _receive(path, stream, args.sha256, limit, what)
+            except OperationError as error:
+                reasons.append(f"{self._catalog.state.peer_name(peer)}: {error.message}")
+        why = "; ".join(reasons) if reasons else "and there is no other peer to get it from"
+        raise OperationError("not-found", f"{what} is not here ({why})", "build it on one of the peers")
 
     def _directory(self, name: str) -> Path:
         return self.cache / name
@@ -228,8 +267,7 @@ class Images:
 
     def _unknown(self, name: str) -> OperationError:
         known = sorted({image.name for image in self.ls()})
-        near = nearest(name, known)
-        if near is not None:
+        for near in get_close_matches(name, known, n=1):
             return OperationError("not-found", f"there is no image {name!r}", f"did you mean {near!r}?")
         there = f"there are: {', '.join(known)}; " if known else ""
         return OperationError(
@@ -313,33 +351,26 @@ def _pieces(path: Path) -> Iterator[dict[str, Any]]:
             offset += len(data)
 
 
-async def _send(path: Path, send: Callable[[dict[str, Any]], Any]) -> None:
+async def _send(path: Path, send: Send) -> None:
     pieces = _pieces(path)
     while (piece := await trio.to_thread.run_sync(next, pieces, None)) is not None:
         await send(piece)
 
 
-async def _receive(path: Path, transfer: Transfer, sha256: str, limit: int, what: str) -> None:
-    """Write the pieces of a transfer to a file that becomes as long as its result says, and compare the hash."""
+async def _receive(path: Path, stream: Stream, sha256: str, limit: int, what: str) -> Mapping[str, Any]:
+    """Write the pieces of a transfer to a file as long as its result says; the hash must be right."""
     try:
         with path.open("xb") as file:
-            items = aiter(transfer)
-            while True:
-                with trio.fail_after(FETCH_STALL):
-                    item = await anext(items, None)
-                if item is None:
-                    break
+            items = aiter(stream)
+            while (item := await _next_piece(items, what)) is not None:
                 await trio.to_thread.run_sync(_write_piece, file, Piece.model_validate(item), limit)
-            size = transfer.result["size"]
+            result = await stream.result()
+            size = result["size"]
             if not isinstance(size, int) or not file.tell() <= size <= limit:
                 raise ValueError("wrong size")
             file.truncate(size)
             file.flush()
             await trio.to_thread.run_sync(os.fsync, file.fileno())
-    except trio.TooSlowError:
-        raise OperationError(
-            "timeout", f"{what} did not arrive: nothing came for {FETCH_STALL:g} s"
-        ) from None
     except (ValueError, zlib.error, KeyError, TypeError) as error:
         raise OperationError("failed", f"{what} arrived malformed ({type(error).__name__})") from error
     except OSError as error:
@@ -347,9 +378,20 @@ async def _receive(path: Path, transfer: Transfer, sha256: str, limit: int, what
             "failed", f"{what} cannot be stored in {path.parent}: {error.strerror}"
         ) from error
     if await trio.to_thread.run_sync(_hash_once, path) != sha256:
+        raise OperationError("failed", f"{what} arrived with another hash; it was thrown away")
+    return dict(result)
+
+
+async def _next_piece(items: AsyncIterator[dict[str, Any]], what: str) -> dict[str, Any] | None:
+    try:
+        with trio.fail_after(FETCH_STALL):
+            return await anext(items)
+    except StopAsyncIteration:
+        return None
+    except trio.TooSlowError:
         raise OperationError(
-            "failed", f"{what} arrived with another hash than was asked for; it was thrown away"
-        )
+            "timeout", f"{what} did not arrive: nothing came for {FETCH_STALL:g} s"
+        ) from None
 
 
 def _write_piece(file: IO[bytes], piece: Piece, limit: int) -> None:
