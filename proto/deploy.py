@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a lab becomes: its entries in the catalog, and what each guest is told about itself.
+
+A lab file names guests and links. Deploying it turns the file, the chosen places and the hashes of the images
+into *one* batch of catalog entries that becomes true as a whole or not at all; taking it down is the batch
+that removes them. From then on everything a guest needs to know (its addresses, its neighbours' names)
+follows from the catalog, so any peer can tell it again at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from proto import addresses, entries
+from proto.lab import DEFAULT_LAB, Lab, dump_lab, guests
+from proto.state import State
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What a lab file leaves open. Keys are guests' names; `images` are by the file's image reference."""
+
+    owners: Mapping[str, str]
+    """Guest → id of the peer that shall run it."""
+    images: Mapping[str, tuple[str, str]]
+    """Image as in the file → (name, SHA-256 of its root)."""
+    ids: Mapping[str, str]
+    """Guest → an id that was never used before."""
+
+
+def lab_entries(lab: Lab, source: str, choices: Choices, taken_macs: frozenset[str]) -> entries.Batch:
+    """All that makes this lab wanted, as one entry. `taken_macs` are those of other labs."""
+    segments = addresses.segments(lab, taken_macs)
+    mtu = {guest.name: guest.mtu for guest in guests(lab)}
+    parts: list[entries.AnyEntry] = [
+        entries.PutLab(lab=entries.Lab(name=lab.name, model=dump_lab(lab), source=source))
+    ]
+    parts += [_network_entry(lab.name, segment, mtu) for segment in segments]
+    ports: dict[str, list[addresses.Port]] = {name: [] for name in mtu}
+    for segment in segments:
+        for port in segment.ports:
+            ports[port.guest].append(port)
+    for guest in guests(lab):
+        image, digest = choices.images[guest.image]
+        own = sorted(ports[guest.name], key=lambda port: (len(port.interface), port.interface))
+        made = entries.Guest(
+            key=f"{lab.name}/{guest.name}",
+            id=choices.ids[guest.name],
+            image=image,
+            image_hash=digest,
+            memory=guest.memory,
+            disk=guest.disk or 0,
+            cpus=guest.cpus,
+            interfaces=tuple(_interface(lab.name, port, guest.mtu) for port in own),
+            exec=guest.exec,
+            env=dict(guest.env),
+            owner=choices.owners[guest.name],
+            on_partition=cast(Literal["run", "freeze"], guest.on_partition),
+            restart_policy=cast(Literal["no", "on-failure", "always"], guest.restart_policy),
+        )
+        parts.append(entries.AddGuest(guest=made))
+    return entries.Batch(entries=tuple(parts))
+
+
+def removal_entries(state: State, lab: str) -> entries.Batch:
+    """All that makes a lab and everything in it gone, as one entry; nothing of it need be there."""
+    parts: list[entries.AnyEntry] = [
+        entries.RemoveGuest(guest=guest.key) for guest in state.guests.values() if guest.lab == lab
+    ]
+    parts += [
+        entries.RemoveNetwork(network=network.key)
+        for network in state.networks.values()
+        if network.lab == lab
+    ]
+    if lab in state.labs:
+        parts.append(entries.RemoveLab(lab=lab))
+    return entries.Batch(entries=tuple(parts))
+
+
+def taken_macs(state: State) -> frozenset[str]:
+    """Every MAC address of the mesh."""
+    return frozenset(interface.mac for guest in state.guests.values() for interface in guest.interfaces)
+
+
+def settings(guest: entries.Guest, state: State) -> dict[str, Any]:
+    """What the agent's `configure` needs: `{hostname, interfaces, hosts, env}` (`kernel/README.md` §9)."""
+    return {
+        "hostname": guest.name,
+        "interfaces": [
+            {"mac": i.mac, "name": i.name, "addresses": list(i.addresses), "mtu": i.mtu}
+            for i in guest.interfaces
+        ],
+        "hosts": _hosts(guest, state),
+        "env": dict(guest.env),
+    }
+
+
+def _hosts(guest: entries.Guest, state: State) -> dict[str, list[str]]:
+    """Every guest of the lab by name → its addresses, those on a network shared with `guest` first."""
+    if guest.lab == DEFAULT_LAB:
+        return {}
+    mine = {interface.network for interface in guest.interfaces}
+    found: dict[str, list[str]] = {}
+    for other in sorted(state.guests.values(), key=lambda other: other.key):
+        if other.lab != guest.lab:
+            continue
+        for interface in sorted(other.interfaces, key=lambda i: i.network not in mine):
+            plain = [address.partition("/")[0] for address in interface.addresses]
+            if plain:
+                found.setdefault(other.name, []).extend(plain)
+    return found
+
+
+def row(guest: entries.Guest, state: State, now: float) -> dict[str, Any]:
+    """A guest as in `vm ls` (contracts). `now` is the time of day, as the catalog's."""
+    alive = guest.state in ("running", "paused", "migrating", "frozen")
+    return {
+        "vm": guest.name,
+        "lab": guest.lab,
+        "peer": state.peer_name(guest.owner),
+        "epoch": guest.epoch,
+        "state": guest.state,
+        "memory": guest.memory,
+        "addresses": [address for interface in guest.interfaces for address in interface.addresses],
+        "networks": [interface.network.partition(":")[2] for interface in guest.interfaces],
+        "cpu_features": list(guest.cpu_features),
+        "uptime": max(0.0, now - guest.started) if alive and guest.started else None,
+    }
+
+
+def details(guest: entries.Guest, state: State, now: float) -> dict[str, Any]:
+    """A guest as in `vm show`: the row and everything else a person may ask."""
+    return {
+        **row(guest, state, now),
+        "id": guest.id,
+        "image": f"{guest.image}@{guest.image_hash[:16]}" if guest.image_hash else guest.image,
+        "disk": guest.disk,
+        "cpus": guest.cpus,
+        "wanted": guest.wanted,
+        "exit_reason": guest.exit_reason or None,
+        "message": guest.message or None,
+        "restarts": guest.restarts,
+        "restart_policy": guest.restart_policy,
+        "on_partition": guest.on_partition,
+        "interfaces": [
+            {
+                "name": i.name,
+                "mac": i.mac,
+                "network": i.network.partition(":")[2],
+                "addresses": list(i.addresses),
+                "mtu": i.mtu,
+            }
+            for i in guest.interfaces
+        ],
+        "exec": list(guest.exec),
+        "created": guest.created,
+        "started": guest.started or None,
+    }
+
+
+def graph(lab: str, state: State) -> dict[str, Any]:
+    """A lab as nodes and edges, for pictures: `{lab, nodes: […], networks: […]}`."""
+    return {
+        "lab": lab,
+        "nodes": [
+            {"name": g.name, "peer": state.peer_name(g.owner), "state": g.state, "image": g.image}
+            for g in state.guests.values()
+            if g.lab == lab
+        ],
+        "networks": [
+            {
+                "name": n.key.partition(":")[2],
+                "kind": n.kind,
+                "subnet": n.subnet or None,
+                "members": [f"{key.partition('/')[2]}:{interface}" for key, interface in n.members],
+            }
+            for n in state.networks.values()
+            if n.lab == lab
+        ],
+    }
+
+
+def _network_entry(lab: str, segment: addresses.Segment, mtu: Mapping[str, int]) -> entries.PutNetwork:
+    quality = segment.quality
+    impairment = entries.Impairment(
+        delay=quality.delay, jitter=quality.jitter, loss=quality.loss, rate=quality.rate
+    )
+    plain = impairment == entries.Impairment()
+    network = entries.Network(
+        key=f"{lab}:{segment.name}",
+        lab=lab,
+        kind="link" if segment.kind == "link" else "network",
+        members=tuple((f"{lab}/{port.guest}", port.interface) for port in segment.ports),
+        impairments=() if plain else (impairment,) * len(segment.ports),
+        subnet=str(segment.subnet) if segment.subnet is not None else "",
+        mtu=min(mtu[port.guest] for port in segment.ports),
+    )
+    return entries.PutNetwork(network=network)
+
+
+def _interface(lab: str, port: addresses.Port, mtu: int) -> entries.Interface:
+    return entries.Interface(
+        name=port.interface,
+        mac=port.mac,
+        network=f"{lab}:{port.network}",
+        addresses=(port.address,) if port.address else (),
+        mtu=mtu,
+    )
