@@ -69,7 +69,7 @@ def test_a_lab_becomes_true_as_one_entry_and_is_gone_as_one(empty: State) -> Non
     ]
     assert (protocol.memory, protocol.on_partition, protocol.restart_policy) == (
         192 << 20,
-        "freeze",
+        "run",
         "always",
     )
     assert state.guests["ufs/content"].disk == 256 << 20
