@@ -247,37 +247,74 @@ bool virtqueue_want_kicks(struct virtqueue *queue)
 	return virtqueue_available(queue) > 0;
 }
 
-static size_t iov_copy(
-	const struct iovec *iov, unsigned count, size_t offset, void *to, const void *from, size_t length)
+unsigned iov_slice(const struct iovec *iov, unsigned count, size_t offset, size_t length, struct iovec *slice)
 {
-	size_t done = 0;
+	unsigned pieces = 0;
 
-	for (unsigned i = 0; i < count && done < length; i++) {
+	for (unsigned i = 0; i < count && length; i++) {
 		size_t n = iov[i].iov_len;
 
 		if (offset >= n) {
 			offset -= n;
 			continue;
 		}
-		n -= offset;
-		if (n > length - done)
-			n = length - done;
-		if (to)
-			memcpy((char *)to + done, (char *)iov[i].iov_base + offset, n);
-		else
-			memcpy((char *)iov[i].iov_base + offset, (const char *)from + done, n);
-		done += n;
+		n = n - offset < length ? n - offset : length;
+		slice[pieces++] = (struct iovec){(uint8_t *)iov[i].iov_base + offset, n};
+		length -= n;
+		offset = 0;
+	}
+	return pieces;
+}
+
+/* One piece at a time, so that no array of the chain's length is needed. */
+static inline size_t iov_each(const struct iovec *iov, unsigned count, size_t offset, size_t length,
+	void (*run)(void *piece, size_t size, size_t done, void *context), void *context)
+{
+	size_t done = 0;
+
+	for (unsigned i = 0; i < count && done < length; i++) {
+		struct iovec piece;
+
+		if (offset >= iov[i].iov_len) {
+			offset -= iov[i].iov_len;
+			continue;
+		}
+		iov_slice(&iov[i], 1, offset, length - done, &piece);
+		run(piece.iov_base, piece.iov_len, done, context);
+		done += piece.iov_len;
 		offset = 0;
 	}
 	return done;
 }
 
+static void copy_out(void *piece, size_t size, size_t done, void *to)
+{
+	memcpy((uint8_t *)to + done, piece, size);
+}
+
+static void copy_in(void *piece, size_t size, size_t done, void *from)
+{
+	memcpy(piece, (const uint8_t *)from + done, size);
+}
+
+static void clear(void *piece, size_t size, size_t done, void *context)
+{
+	(void)done;
+	(void)context;
+	memset(piece, 0, size);
+}
+
 size_t iov_read(const struct iovec *iov, unsigned count, size_t offset, void *to, size_t length)
 {
-	return iov_copy(iov, count, offset, to, NULL, length);
+	return iov_each(iov, count, offset, length, copy_out, to);
 }
 
 size_t iov_write(const struct iovec *iov, unsigned count, size_t offset, const void *from, size_t length)
 {
-	return iov_copy(iov, count, offset, NULL, from, length);
+	return iov_each(iov, count, offset, length, copy_in, (void *)(uintptr_t)from);
+}
+
+void iov_fill(const struct iovec *iov, unsigned count, size_t offset, size_t length)
+{
+	iov_each(iov, count, offset, length, clear, NULL);
 }

@@ -97,5 +97,9 @@ void virtqueue_break(struct virtqueue *queue, const char *fault);
  */
 size_t iov_read(const struct iovec *iov, unsigned count, size_t offset, void *to, size_t length);
 size_t iov_write(const struct iovec *iov, unsigned count, size_t offset, const void *from, size_t length);
+void iov_fill(const struct iovec *iov, unsigned count, size_t offset, size_t length); /* with zeros */
+
+/* The pieces of [offset, offset + length), as far as they are there; `slice` has room for `count`. Returns how many. */
+unsigned iov_slice(const struct iovec *iov, unsigned count, size_t offset, size_t length, struct iovec *slice);
 
 #endif
