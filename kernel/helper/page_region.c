@@ -46,12 +46,14 @@ static bool open_memory(struct page_region *region, struct page_failure *failure
 {
 	struct stat info;
 	if (fstat(region->data, &info) < 0 || (uint64_t)info.st_size < region->layout.size)
-		return page_fail(failure, "bad-argument", "region %u: the memfd is shorter than the region's %llu bytes",
-			region->layout.id, (unsigned long long)region->layout.size);
+		return page_fail(failure, "bad-argument",
+			"region %u: the memfd is shorter than the region's %llu bytes", region->layout.id,
+			(unsigned long long)region->layout.size);
 	region->data = own_description(region->data);
 	void *memory = mmap(NULL, region->layout.size, PROT_READ, MAP_SHARED | MAP_NORESERVE, region->data, 0);
 	if (memory == MAP_FAILED)
-		return page_fail(failure, "io", "region %u: cannot map the memfd: %s", region->layout.id, strerror(errno));
+		return page_fail(
+			failure, "io", "region %u: cannot map the memfd: %s", region->layout.id, strerror(errno));
 	region->memory = memory;
 	return true;
 }
@@ -70,10 +72,12 @@ static bool open_disk(struct page_region *region, struct page_failure *failure)
 		return page_fail(failure, "bad-argument", "region %u: the overlay is not a regular file", layout->id);
 	if (!bitmap_fits(region, layout->allocated_offset, (uint64_t)maps.st_size) ||
 		!bitmap_fits(region, layout->dirty_offset, (uint64_t)maps.st_size))
-		return page_fail(failure, "bad-argument", "region %u: a bitmap lies outside the maps memfd", layout->id);
+		return page_fail(
+			failure, "bad-argument", "region %u: a bitmap lies outside the maps memfd", layout->id);
 	void *base = mmap(NULL, (size_t)maps.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, region->maps, 0);
 	if (base == MAP_FAILED)
-		return page_fail(failure, "io", "region %u: cannot map the maps memfd: %s", layout->id, strerror(errno));
+		return page_fail(
+			failure, "io", "region %u: cannot map the maps memfd: %s", layout->id, strerror(errno));
 	region->map_base = base;
 	region->map_bytes = (size_t)maps.st_size;
 	region->allocated = (_Atomic uint64_t *)(void *)(region->map_base + layout->allocated_offset);
@@ -84,13 +88,14 @@ static bool open_disk(struct page_region *region, struct page_failure *failure)
 bool page_region_open(struct page_region *region, const struct page_region_layout *layout, int data, int maps,
 	struct page_failure *failure)
 {
-	*region = (struct page_region){
-		.layout = *layout, .pages = layout->size / PAGE_BYTES, .data = data, .maps = maps};
+	*region =
+		(struct page_region){.layout = *layout, .pages = layout->size / PAGE_BYTES, .data = data, .maps = maps};
 	const uint64_t limit = (uint64_t)PAGE_BYTES << 32; /* page numbers are 32 bits on the wire */
-	if (layout->size == 0 || layout->size % PAGE_BYTES || layout->size > limit || layout->data_offset % PAGE_BYTES ||
-		layout->data_offset > limit)
-		return page_fail(failure, "bad-argument", "region %u: size %llu or its data offset is no multiple of 4096 up to 16 TiB",
-			layout->id, (unsigned long long)layout->size);
+	if (layout->size == 0 || layout->size % PAGE_BYTES || layout->size > limit ||
+		layout->data_offset % PAGE_BYTES || layout->data_offset > limit)
+		return page_fail(failure, "bad-argument",
+			"region %u: size %llu or its data offset is no multiple of 4096 up to 16 TiB", layout->id,
+			(unsigned long long)layout->size);
 	if (!(layout->disk ? open_disk(region, failure) : open_memory(region, failure)))
 		return false;
 	void *hashes = mmap(NULL, region->pages * sizeof(XXH128_hash_t), PROT_READ | PROT_WRITE,

@@ -3,9 +3,9 @@
 #define MOBI_PAGE_REGION_H
 
 /*
- * A region is a run of 4096-byte pages that travels: a guest's memory (one memfd) or the copy-on-write overlay of one of
- * its disks. For every page the region remembers the hash of the content that was last sent or applied. That table is
- * three things at once: the shadow a pass compares with (one read of memory instead of two, and 0.4 % of its size
+ * A region is a run of 4096-byte pages that travels: a guest's memory (one memfd) or the copy-on-write overlay of one
+ * of its disks. For every page the region remembers the hash of the content that was last sent or applied. That table
+ * is three things at once: the shadow a pass compares with (one read of memory instead of two, and 0.4 % of its size
  * instead of all of it), the ledger of what the other side has, and the source of the *root*, a sum over all pages
  * that both ends keep up to date page by page and compare at the end.
  *
@@ -83,8 +83,7 @@ void page_region_note(struct page_regions *regions, struct page_region *region, 
 void page_root_bytes(XXH128_hash_t root, uint8_t bytes[PAGE_ROOT_BYTES]);
 
 /* The root of what the regions hold now, read in full; `stop` becomes readable when it is to be given up. */
-bool page_regions_hash_all(
-	struct page_regions *regions, int stop, XXH128_hash_t *root, struct page_failure *failure);
+bool page_regions_hash_all(struct page_regions *regions, int stop, XXH128_hash_t *root, struct page_failure *failure);
 
 static inline bool page_hash_equal(XXH128_hash_t a, XXH128_hash_t b)
 {

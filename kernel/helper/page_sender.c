@@ -100,7 +100,8 @@ bool page_sender_hello(struct page_sender *sender)
 		put_u32(at + 20, 0);
 	}
 	const uint8_t *answer;
-	if (!page_stream_seal(sender->stream, length) || !flush(sender))
+	page_stream_seal(sender->stream, length);
+	if (!flush(sender))
 		return false;
 	if (expect(sender, RECORD_ACCEPTED, 0, &answer))
 		return true;
@@ -119,7 +120,8 @@ static bool send_pages(struct page_sender *sender)
 	uint8_t *record = page_stream_begin(sender->stream, head + ZSTD_compressBound(raw));
 	if (!record)
 		return false;
-	size_t packed = ZSTD_compressCCtx(batch->zstd, record + head, ZSTD_compressBound(raw), batch->data, raw, ZSTD_LEVEL);
+	size_t packed =
+		ZSTD_compressCCtx(batch->zstd, record + head, ZSTD_compressBound(raw), batch->data, raw, ZSTD_LEVEL);
 	uint8_t encoding = ENCODING_ZSTD;
 	if (ZSTD_isError(packed) || packed >= raw) {
 		encoding = ENCODING_RAW;
@@ -130,8 +132,7 @@ static bool send_pages(struct page_sender *sender)
 	for (size_t i = 0; i < batch->pages; i++)
 		put_u32(record + RECORD_HEADER_BYTES + 4 * i, batch->numbers[i]);
 	batch->pages = 0;
-	if (!page_stream_seal(sender->stream, head + packed))
-		return false;
+	page_stream_seal(sender->stream, head + packed);
 	return (!batch->urgent && page_stream_pending(sender->stream) < FLUSH_BYTES) || flush(sender);
 }
 
@@ -150,7 +151,8 @@ static bool send_zeros(struct page_sender *sender)
 		put_u32(record + RECORD_HEADER_BYTES + 8 * i + 4, batch->run[i][1]);
 	}
 	batch->runs = 0;
-	return page_stream_seal(sender->stream, length);
+	page_stream_seal(sender->stream, length);
+	return true;
 }
 
 static bool add_zero(struct page_sender *sender, uint64_t page)
@@ -218,7 +220,8 @@ static bool visit_disk(struct page_sender *sender, const struct page_run *run)
 	size_t wanted = run->count * PAGE_BYTES;
 	ssize_t got;
 	do
-		got = pread(batch->region->data, batch->blocks, wanted, (off_t)(layout->data_offset + run->first * PAGE_BYTES));
+		got = pread(batch->region->data, batch->blocks, wanted,
+			(off_t)(layout->data_offset + run->first * PAGE_BYTES));
 	while (got < 0 && errno == EINTR);
 	if (got < 0)
 		return page_fail(failure_of(sender), "io", "disk %u: cannot read block %llu: %s", layout->id,
@@ -275,7 +278,8 @@ static bool send_changes(struct page_sender *sender, struct page_stats *stats)
 	put_header(record, RECORD_PASS, 0, 0, stats->pass);
 	put_u64(record + RECORD_HEADER_BYTES, stats->ram_pages + stats->disk_blocks);
 	put_u64(record + RECORD_HEADER_BYTES + 8, stats->zero_pages);
-	return page_stream_seal(sender->stream, RECORD_HEADER_BYTES + 16);
+	page_stream_seal(sender->stream, RECORD_HEADER_BYTES + 16);
+	return true;
 }
 
 bool page_sender_pass(struct page_sender *sender, struct page_stats *stats)
@@ -299,7 +303,8 @@ static bool send_root(struct page_sender *sender, uint32_t pass, const uint8_t r
 		return false;
 	put_header(record, RECORD_ROOT, 0, 0, pass);
 	memcpy(record + RECORD_HEADER_BYTES, root, PAGE_ROOT_BYTES);
-	return page_stream_seal(sender->stream, length);
+	page_stream_seal(sender->stream, length);
+	return true;
 }
 
 /* Seals the release and hands everything to the kernel; released_at is where its first byte lies in the stream. */
@@ -314,7 +319,8 @@ static bool send_release(struct page_sender *sender, uint64_t *released_at)
 	*released_at = atomic_load(&sender->stream->sent_bytes) + page_stream_pending(sender->stream);
 	put_header(record, RECORD_RELEASE, 0, 0, 0);
 	memcpy(record + RECORD_HEADER_BYTES, sender->migration, MIGRATION_ID_BYTES);
-	return page_stream_seal(sender->stream, length);
+	page_stream_seal(sender->stream, length);
+	return true;
 }
 
 static bool await_final(struct page_sender *sender, uint32_t pass, bool release, struct page_final *final)

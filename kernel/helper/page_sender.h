@@ -27,8 +27,8 @@ struct page_stats {
 };
 
 enum page_released {
-	RELEASED_NO,	/* no byte of the release left this host */
-	RELEASED_YES,	/* the receiver has it */
+	RELEASED_NO,    /* no byte of the release left this host */
+	RELEASED_YES,   /* the receiver has it */
 	RELEASED_MAYBE, /* only the other side knows */
 };
 

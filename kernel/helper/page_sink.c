@@ -10,7 +10,6 @@
 
 enum {
 	HELLO_MS = 10000,
-	HOLE_CHUNK_PAGES = 16384,
 };
 
 /* The body of a record, after its header. */
@@ -50,8 +49,8 @@ static bool hello(struct page_sink *sink, const struct body *body)
 	return true;
 }
 
-static bool write_pages(struct page_sink *sink, struct page_region *region, uint64_t first, uint64_t count,
-	const uint8_t *content)
+static bool write_pages(
+	struct page_sink *sink, struct page_region *region, uint64_t first, uint64_t count, const uint8_t *content)
 {
 	size_t left = count * PAGE_BYTES;
 	off_t at = (off_t)(region->layout.data_offset + first * PAGE_BYTES);
@@ -76,21 +75,21 @@ static void mark_allocated(struct page_region *region, uint64_t first, uint64_t 
 		atomic_fetch_or(&region->allocated[page / 64], UINT64_C(1) << (page % 64));
 }
 
-static bool apply_run(struct page_sink *sink, struct page_region *region, uint64_t first, uint64_t count,
-	const uint8_t *content)
+static bool apply_run(
+	struct page_sink *sink, struct page_region *region, uint64_t first, uint64_t count, const uint8_t *content)
 {
 	if (!write_pages(sink, region, first, count, content))
 		return false;
 	if (region->layout.disk)
 		mark_allocated(region, first, count);
 	for (uint64_t i = 0; i < count; i++)
-		page_region_note(
-			sink->regions, region, first + i, page_hash(sink->regions, content + i * PAGE_BYTES));
+		page_region_note(sink->regions, region, first + i, page_hash(sink->regions, content + i * PAGE_BYTES));
 	return true;
 }
 
 /* The unpacked pages of a record, exactly count of them; NULL if it does not hold that. */
-static const uint8_t *unpack(struct page_sink *sink, uint8_t encoding, const uint8_t *packed, size_t length, size_t count)
+static const uint8_t *unpack(
+	struct page_sink *sink, uint8_t encoding, const uint8_t *packed, size_t length, size_t count)
 {
 	size_t wanted = count * PAGE_BYTES;
 	if (encoding == ENCODING_RAW)
@@ -114,8 +113,7 @@ static bool pages(struct page_sink *sink, const struct body *body)
 		if (page >= region->pages || (i && page <= get_u32(body->at + 4 * (i - 1))))
 			return bad(sink, "a page number out of range or order");
 	}
-	const uint8_t *content =
-		unpack(sink, body->record[1], body->at + 4 * count, body->length - 4 * count, count);
+	const uint8_t *content = unpack(sink, body->record[1], body->at + 4 * count, body->length - 4 * count, count);
 	if (!content)
 		return bad(sink, "pages that do not unpack to their size");
 	for (size_t i = 0, run; i < count; i += run) {
@@ -183,8 +181,8 @@ static bool answer(struct page_sink *sink, uint8_t type, uint8_t detail, uint32_
 	if (!record)
 		return false;
 	put_header(record, type, detail, 0, number);
-	return page_stream_seal(sink->stream, RECORD_HEADER_BYTES) &&
-	       (page_stream_has_record(sink->stream) || page_stream_flush(sink->stream));
+	page_stream_seal(sink->stream, RECORD_HEADER_BYTES);
+	return page_stream_has_record(sink->stream) || page_stream_flush(sink->stream);
 }
 
 static bool pass_end(struct page_sink *sink, const struct body *body)
@@ -222,8 +220,12 @@ static bool release(struct page_sink *sink, const struct body *body)
 	if (!sink->complete || body->length != MIGRATION_ID_BYTES ||
 		memcmp(body->at, sink->migration, MIGRATION_ID_BYTES) != 0)
 		return bad(sink, "a release that does not follow its root");
+	if (!sink->may_accept(sink->context))
+		return page_fail(failure_of(sink), "bad-state", "the migration was cancelled");
 	sink->event(sink->context, SINK_RELEASED, sink);
-	return answer(sink, RECORD_RELEASED, sink->match, 0);
+	/* The right to run is here whether or not the sender hears of it. */
+	answer(sink, RECORD_RELEASED, sink->match, 0);
+	return true;
 }
 
 /* Applies one record; *over is set by the release. */
@@ -285,8 +287,8 @@ static void refuse(struct page_sink *sink)
 		return;
 	put_header(record, RECORD_REFUSED, 0, (uint16_t)text, 0);
 	memcpy(record + RECORD_HEADER_BYTES, failure->message, text);
-	if (page_stream_seal(sink->stream, RECORD_HEADER_BYTES + text))
-		page_stream_flush(sink->stream);
+	page_stream_seal(sink->stream, RECORD_HEADER_BYTES + text);
+	page_stream_flush(sink->stream);
 }
 
 bool page_sink_run(struct page_sink *sink)

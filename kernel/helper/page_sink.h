@@ -26,6 +26,8 @@ struct page_sink {
 	struct page_stream *stream;
 	uint8_t migration[MIGRATION_ID_BYTES];
 	void (*event)(void *context, enum page_sink_event event, const struct page_sink *sink);
+	/* Asked once when the release came; false = this side has cancelled before. */
+	bool (*may_accept)(void *context);
 	void *context;
 	struct page_stats stats; /* of the pass under way */
 	uint8_t root[PAGE_ROOT_BYTES];

@@ -1,20 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "page_stream.h"
 
+#include "loop.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <openssl/core_names.h>
-#include <openssl/crypto.h>
-#include <openssl/evp.h>
 #include <openssl/kdf.h>
 #include <openssl/params.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -28,13 +27,6 @@ enum {
 static const char direction_forth[4] = {'S', '>', 'D', 0};
 static const char direction_back[4] = {'D', '>', 'S', 0};
 
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 static bool derive(const uint8_t *key, const uint8_t *migration, const char *label, uint8_t *output, size_t length)
 {
 	EVP_KDF *kdf = EVP_KDF_fetch(NULL, "HKDF", NULL);
@@ -43,7 +35,8 @@ static bool derive(const uint8_t *key, const uint8_t *migration, const char *lab
 	OSSL_PARAM parameters[] = {
 		OSSL_PARAM_construct_utf8_string(OSSL_KDF_PARAM_DIGEST, digest, 0),
 		OSSL_PARAM_construct_octet_string(OSSL_KDF_PARAM_KEY, (void *)(uintptr_t)key, STREAM_KEY_BYTES),
-		OSSL_PARAM_construct_octet_string(OSSL_KDF_PARAM_SALT, (void *)(uintptr_t)migration, MIGRATION_ID_BYTES),
+		OSSL_PARAM_construct_octet_string(
+			OSSL_KDF_PARAM_SALT, (void *)(uintptr_t)migration, MIGRATION_ID_BYTES),
 		OSSL_PARAM_construct_octet_string(OSSL_KDF_PARAM_INFO, (void *)(uintptr_t)label, strlen(label)),
 		OSSL_PARAM_construct_end(),
 	};
@@ -53,23 +46,20 @@ static bool derive(const uint8_t *key, const uint8_t *migration, const char *lab
 	return ok;
 }
 
-static bool seal_init(struct page_seal *seal, const uint8_t *key, const uint8_t *migration, bool forth, bool encrypt)
+static bool seal_init(struct page_seal *seal, const uint8_t *key, const uint8_t *migration, bool forth)
 {
 	uint8_t own[STREAM_KEY_BYTES];
 	memcpy(seal->nonce, forth ? direction_forth : direction_back, 4);
-	seal->cipher = EVP_CIPHER_CTX_new();
-	bool ok = seal->cipher && derive(key, migration, forth ? "mobitopolo pages S>D" : "mobitopolo pages D>S", own, 32) &&
-		  EVP_CipherInit_ex(seal->cipher, EVP_aes_256_gcm(), NULL, own, NULL, encrypt) == 1;
-	OPENSSL_cleanse(own, sizeof(own));
-	return ok;
+	if (derive(key, migration, forth ? "mobitopolo pages S>D" : "mobitopolo pages D>S", own, sizeof(own)))
+		seal->aead = aead_new(own);
+	aead_wipe(own, sizeof(own));
+	return seal->aead != NULL;
 }
 
-static bool seal_next(struct page_seal *seal, const uint8_t *length_prefix)
+static const uint8_t *next_nonce(struct page_seal *seal)
 {
-	int unused;
 	put_u64(seal->nonce + 4, seal->counter++);
-	return EVP_CipherInit_ex(seal->cipher, NULL, NULL, NULL, seal->nonce, -1) == 1 &&
-	       EVP_CipherUpdate(seal->cipher, NULL, &unused, length_prefix, STREAM_LENGTH_BYTES) == 1;
+	return seal->nonce;
 }
 
 static void tune_socket(int fd)
@@ -90,8 +80,8 @@ bool page_stream_open(struct page_stream *stream, int fd, int stop, const uint8_
 	*stream = (struct page_stream){.fd = fd, .stop = stop};
 	stream->out = malloc(STREAM_BUFFER_BYTES);
 	stream->in = malloc(STREAM_BUFFER_BYTES);
-	if (!stream->out || !stream->in || !seal_init(&stream->seal, key, migration, sender, true) ||
-		!seal_init(&stream->open, key, migration, !sender, false) ||
+	if (!stream->out || !stream->in || !seal_init(&stream->seal, key, migration, sender) ||
+		!seal_init(&stream->open, key, migration, !sender) ||
 		!derive(key, migration, "mobitopolo pages root", secret, PAGE_SECRET_BYTES))
 		return page_fail(&stream->failure, "internal", "cannot set up the stream's ciphers");
 	tune_socket(fd);
@@ -100,38 +90,32 @@ bool page_stream_open(struct page_stream *stream, int fd, int stop, const uint8_
 
 void page_stream_close(struct page_stream *stream)
 {
-	EVP_CIPHER_CTX_free(stream->seal.cipher);
-	EVP_CIPHER_CTX_free(stream->open.cipher);
+	aead_free(stream->seal.aead);
+	aead_free(stream->open.aead);
 	free(stream->out);
 	free(stream->in);
 	if (stream->fd >= 0)
 		close(stream->fd);
-	stream->seal.cipher = stream->open.cipher = NULL;
+	stream->seal.aead = stream->open.aead = NULL;
 	stream->out = stream->in = NULL;
 	stream->fd = -1;
 }
 
 uint8_t *page_stream_begin(struct page_stream *stream, size_t limit)
 {
-	if (stream->out_end + STREAM_LENGTH_BYTES + limit + STREAM_TAG_BYTES > STREAM_BUFFER_BYTES &&
+	if (stream->out_end + STREAM_LENGTH_BYTES + limit + AEAD_TAG > STREAM_BUFFER_BYTES &&
 		!page_stream_flush(stream))
 		return NULL;
 	return stream->out + stream->out_end + STREAM_LENGTH_BYTES;
 }
 
-bool page_stream_seal(struct page_stream *stream, size_t length)
+void page_stream_seal(struct page_stream *stream, size_t length)
 {
 	uint8_t *prefix = stream->out + stream->out_end;
 	uint8_t *record = prefix + STREAM_LENGTH_BYTES;
-	int sealed, rest;
-	put_u32(prefix, (uint32_t)(length + STREAM_TAG_BYTES));
-	if (!seal_next(&stream->seal, prefix) ||
-		EVP_EncryptUpdate(stream->seal.cipher, record, &sealed, record, (int)length) != 1 ||
-		EVP_EncryptFinal_ex(stream->seal.cipher, record + sealed, &rest) != 1 ||
-		EVP_CIPHER_CTX_ctrl(stream->seal.cipher, EVP_CTRL_AEAD_GET_TAG, STREAM_TAG_BYTES, record + length) != 1)
-		return page_fail(&stream->failure, "internal", "cannot seal a record");
-	stream->out_end += STREAM_LENGTH_BYTES + length + STREAM_TAG_BYTES;
-	return true;
+	put_u32(prefix, (uint32_t)(length + AEAD_TAG));
+	aead_seal(stream->seal.aead, next_nonce(&stream->seal), prefix, STREAM_LENGTH_BYTES, record, length, record);
+	stream->out_end += STREAM_LENGTH_BYTES + length + AEAD_TAG;
 }
 
 /* Waits for `events` on the socket; false when stopped, after a silence of timeout_ms, or on a poll error. */
@@ -147,7 +131,8 @@ static bool wait_for(struct page_stream *stream, short events, int timeout_ms, s
 	if (ready[1].revents)
 		return page_fail(&stream->failure, "bad-state", "the migration was cancelled");
 	if (count == 0)
-		return page_fail(&stream->failure, "timeout", "the other side made no progress for %d s", timeout_ms / 1000);
+		return page_fail(
+			&stream->failure, "timeout", "the other side made no progress for %d s", timeout_ms / 1000);
 	*got = ready[0].revents;
 	return true;
 }
@@ -159,7 +144,7 @@ static size_t pace(struct page_stream *stream, size_t wanted)
 		uint64_t rate = atomic_load(&stream->bandwidth);
 		if (!stream->paced || rate == 0)
 			return wanted;
-		uint64_t now = now_ns();
+		uint64_t now = loop_now();
 		if (stream->pace_due_ns <= now) {
 			size_t chunk = rate / PACES_PER_SECOND;
 			chunk = chunk < PACE_CHUNK_MIN ? PACE_CHUNK_MIN : chunk;
@@ -184,7 +169,7 @@ static void pace_spend(struct page_stream *stream, size_t bytes)
 	uint64_t rate = atomic_load(&stream->bandwidth);
 	if (!stream->paced || rate == 0)
 		return;
-	uint64_t floor = now_ns() - 1000000000u / PACES_PER_SECOND;
+	uint64_t floor = loop_now() - 1000000000u / PACES_PER_SECOND;
 	if (stream->pace_due_ns < floor)
 		stream->pace_due_ns = floor;
 	stream->pace_due_ns += bytes * 1000000000u / rate;
@@ -192,7 +177,7 @@ static void pace_spend(struct page_stream *stream, size_t bytes)
 
 bool page_stream_flush(struct page_stream *stream)
 {
-	uint64_t started = now_ns();
+	uint64_t started = loop_now();
 	while (stream->out_start < stream->out_end) {
 		size_t allowed = pace(stream, stream->out_end - stream->out_start);
 		if (allowed == 0)
@@ -215,7 +200,7 @@ bool page_stream_flush(struct page_stream *stream)
 			return page_fail(&stream->failure, "refused", "the receiver ended the stream");
 	}
 	stream->out_start = stream->out_end = 0;
-	stream->waited_ns += now_ns() - started;
+	stream->waited_ns += loop_now() - started;
 	return true;
 }
 
@@ -248,7 +233,8 @@ static bool receive_more(struct page_stream *stream, int timeout_ms)
 			return true;
 		}
 		if (got == 0)
-			return page_fail(&stream->failure, stream->in_end ? "io" : "closed", "the other side closed the stream%s",
+			return page_fail(&stream->failure, stream->in_end ? "io" : "closed",
+				"the other side closed the stream%s",
 				stream->in_end ? " in the middle of a record" : "");
 		if (errno != EAGAIN && errno != EINTR)
 			return page_fail(&stream->failure, "io", "the stream broke: %s", strerror(errno));
@@ -260,28 +246,22 @@ static bool receive_more(struct page_stream *stream, int timeout_ms)
 
 bool page_stream_read(struct page_stream *stream, const uint8_t **record, size_t *length, int timeout_ms)
 {
-	while (!page_stream_has_record(stream)) {
-		size_t sealed = front_length(stream);
-		if (stream->in_end - stream->in_start >= STREAM_LENGTH_BYTES &&
-			(sealed > STREAM_SEALED_MAX || sealed < STREAM_TAG_BYTES + RECORD_HEADER_BYTES))
-			return page_fail(&stream->failure, "limit", "a record of %zu bytes was announced", sealed);
+	while (stream->in_end - stream->in_start < STREAM_LENGTH_BYTES)
 		if (!receive_more(stream, timeout_ms))
 			return false;
-	}
+	size_t size = front_length(stream);
+	if (size > STREAM_SEALED_MAX || size < AEAD_TAG + RECORD_HEADER_BYTES)
+		return page_fail(&stream->failure, "limit", "a record of %zu bytes was announced", size);
+	while (!page_stream_has_record(stream))
+		if (!receive_more(stream, timeout_ms))
+			return false;
 	uint8_t *prefix = stream->in + stream->in_start;
 	uint8_t *sealed = prefix + STREAM_LENGTH_BYTES;
-	size_t size = get_u32(prefix);
-	if (size > STREAM_SEALED_MAX || size < STREAM_TAG_BYTES + RECORD_HEADER_BYTES)
-		return page_fail(&stream->failure, "limit", "a record of %zu bytes was announced", size);
-	size -= STREAM_TAG_BYTES;
-	int opened, rest;
-	if (!seal_next(&stream->open, prefix) ||
-		EVP_DecryptUpdate(stream->open.cipher, sealed, &opened, sealed, (int)size) != 1 ||
-		EVP_CIPHER_CTX_ctrl(stream->open.cipher, EVP_CTRL_AEAD_SET_TAG, STREAM_TAG_BYTES, sealed + size) != 1 ||
-		EVP_DecryptFinal_ex(stream->open.cipher, sealed + opened, &rest) != 1)
-		return page_fail(&stream->failure, "authentication", "a record does not authenticate: wrong key, or altered");
-	stream->in_start += STREAM_LENGTH_BYTES + size + STREAM_TAG_BYTES;
+	if (!aead_open(stream->open.aead, next_nonce(&stream->open), prefix, STREAM_LENGTH_BYTES, sealed, size, sealed))
+		return page_fail(
+			&stream->failure, "authentication", "a record does not authenticate: wrong key, or altered");
+	stream->in_start += STREAM_LENGTH_BYTES + size;
 	*record = sealed;
-	*length = size;
+	*length = size - AEAD_TAG;
 	return true;
 }

@@ -10,22 +10,20 @@
  * Each direction has a key of its own, HKDF-SHA256 of the key both peers were given, with the migration id as salt; a
  * third output is the secret of the page hashes. A record that does not open ends the stream.
  */
-#include "page_region.h"
+#include "aead.h"
 #include "page_record.h"
-
-#include <openssl/types.h>
+#include "page_region.h"
 
 enum {
 	STREAM_KEY_BYTES = 32,
 	STREAM_LENGTH_BYTES = 4,
-	STREAM_TAG_BYTES = 16,
 	STREAM_SEALED_MAX = (1 << 20) + 64,
 	STREAM_BUFFER_BYTES = 2 * STREAM_SEALED_MAX,
 };
 
 struct page_seal {
-	EVP_CIPHER_CTX *cipher;
-	uint8_t nonce[12]; /* 4 bytes of direction, u64 counter */
+	struct aead *aead;
+	uint8_t nonce[AEAD_NONCE]; /* 4 bytes of direction, u64 counter */
 	uint64_t counter;
 };
 
@@ -39,7 +37,7 @@ struct page_stream {
 	bool paced;
 	bool watch_answer; /* anything the receiver says while we write is a refusal */
 	uint64_t pace_due_ns;
-	uint64_t waited_ns; /* how long writing had to wait for the network or the pace */
+	uint64_t waited_ns;         /* how long writing had to wait for the network or the pace */
 	_Atomic uint64_t bandwidth; /* bytes/s, 0 = as fast as it goes */
 	_Atomic uint64_t sent_bytes;
 	_Atomic uint64_t received_bytes;
@@ -53,7 +51,7 @@ void page_stream_close(struct page_stream *stream);
 
 /* Room for a record of up to `limit` bytes; page_stream_seal() then seals its first `length` bytes. NULL = failed. */
 uint8_t *page_stream_begin(struct page_stream *stream, size_t limit);
-bool page_stream_seal(struct page_stream *stream, size_t length);
+void page_stream_seal(struct page_stream *stream, size_t length);
 /* Hands everything sealed so far to the kernel. */
 bool page_stream_flush(struct page_stream *stream);
 static inline size_t page_stream_pending(const struct page_stream *stream)
