@@ -474,6 +474,7 @@ static int run_pages(int argc, char **argv)
 		return status;
 	log_open("pages");
 	signal(SIGPIPE, SIG_IGN);
+	signal(SIGXFSZ, SIG_IGN); /* a file size limit is an error of the write, not the end of the process */
 	struct pages pages = {.loop = loop_new(), .orphan = {.run = on_orphan}};
 	pages.orphan.context = &pages;
 	page_worker_init(&pages.worker);
