@@ -2,6 +2,7 @@
 #include "page_sender.h"
 
 #include "loop.h"
+#include "page_scan.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -19,6 +20,7 @@ struct page_batch {
 	ZSTD_CCtx *zstd;
 	struct page_region *region;
 	struct page_stats *stats;
+	uint64_t *set; /* of a final pass */
 	size_t pages, runs;
 	bool urgent; /* send each record at once: somebody is frozen */
 	uint32_t numbers[RECORD_PAGES_MAX];
@@ -39,8 +41,10 @@ bool page_sender_open(struct page_sender *sender)
 
 void page_sender_close(struct page_sender *sender)
 {
-	if (sender->batch)
+	if (sender->batch) {
 		ZSTD_freeCCtx(sender->batch->zstd);
+		free(sender->batch->set);
+	}
 	free(sender->batch);
 	sender->batch = NULL;
 }
@@ -242,13 +246,30 @@ static bool visit(struct page_sender *sender, const struct page_run *run)
 	return sender->batch->region->layout.disk ? visit_disk(sender, run) : visit_memory(sender, run);
 }
 
+/* A frozen guest's memory is compared in one go first; nothing of it changes any more. */
+static bool begin_source(struct page_sender *sender, struct page_source *source, struct page_region *region)
+{
+	struct page_batch *batch = sender->batch;
+	if (!batch->urgent || region->layout.disk || sender->passes == 0) {
+		page_source_begin(source, region, sender->passes);
+		return true;
+	}
+	batch->set = calloc((region->pages + 63) / 64, sizeof(*batch->set));
+	if (!batch->set)
+		return page_fail(failure_of(sender), "limit", "no memory for a set of pages");
+	page_scan(sender->regions, region, batch->set);
+	page_source_begin_set(source, region, batch->set);
+	return true;
+}
+
 static bool send_region(struct page_sender *sender, struct page_region *region, uint64_t *done, uint64_t total)
 {
 	struct page_source source;
 	struct page_run run;
 	unsigned int runs = 0;
 	sender->batch->region = region;
-	page_source_begin(&source, region, sender->passes);
+	if (!begin_source(sender, &source, region))
+		return false;
 	while (page_source_next(&source, &run)) {
 		if (!visit(sender, &run))
 			return false;
@@ -256,6 +277,8 @@ static bool send_region(struct page_sender *sender, struct page_region *region, 
 		if (++runs % PROGRESS_RUNS == 0)
 			sender->progress(sender->context, sender->passes + 1, *done < total ? *done : total, total);
 	}
+	free(sender->batch->set);
+	sender->batch->set = NULL;
 	return send_zeros(sender) && send_pages(sender);
 }
 

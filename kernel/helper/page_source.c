@@ -43,11 +43,13 @@ static bool memory_next(struct page_source *source, struct page_run *run)
 	return true;
 }
 
-/* Takes a word of the dirty map. A write still under way sets its bit after this and is named next time. */
+/* A word of the set, or of the dirty map: a write still under way sets its bit after this and is named next time. */
 static uint64_t take_word(const struct page_source *source, uint64_t word)
 {
 	const struct page_region *region = source->region;
 	uint64_t bits = 0;
+	if (source->set)
+		return source->set[word];
 	if (atomic_load_explicit(&region->dirty[word], memory_order_relaxed))
 		bits = atomic_exchange(&region->dirty[word], 0);
 	if (source->generation == 0)
@@ -56,7 +58,7 @@ static uint64_t take_word(const struct page_source *source, uint64_t word)
 	return rest < 64 ? bits & ((UINT64_C(1) << rest) - 1) : bits;
 }
 
-static bool disk_next(struct page_source *source, struct page_run *run)
+static bool bitmap_next(struct page_source *source, struct page_run *run)
 {
 	while (source->pending == 0) {
 		if (source->cursor >= (source->region->pages + 63) / 64)
@@ -75,7 +77,12 @@ static bool disk_next(struct page_source *source, struct page_run *run)
 void page_source_begin(struct page_source *source, struct page_region *region, uint64_t generation)
 {
 	*source = (struct page_source){
-		.region = region, .generation = generation, .next = region->layout.disk ? disk_next : memory_next};
+		.region = region, .generation = generation, .next = region->layout.disk ? bitmap_next : memory_next};
+}
+
+void page_source_begin_set(struct page_source *source, struct page_region *region, const uint64_t *set)
+{
+	*source = (struct page_source){.region = region, .set = set, .next = bitmap_next};
 }
 
 uint64_t page_source_estimate(const struct page_region *region, uint64_t generation)

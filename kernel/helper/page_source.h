@@ -20,12 +20,16 @@ struct page_source {
 	uint64_t generation; /* 0: everything that exists */
 	uint64_t cursor;
 	uint64_t data_end; /* memory: up to here the cursor is in data */
-	uint64_t pending;  /* disks: bits of the word before the cursor that were not named yet */
+	uint64_t pending;  /* bitmaps: bits of the word before the cursor that were not named yet */
+	const uint64_t *set;
 	bool (*next)(struct page_source *source, struct page_run *run);
 };
 
 /* Starts a generation. Disks: words of the dirty map are exchanged with 0 one by one, before their blocks are named. */
 void page_source_begin(struct page_source *source, struct page_region *region, uint64_t generation);
+
+/* The pages of a set, which stays the caller's. */
+void page_source_begin_set(struct page_source *source, struct page_region *region, const uint64_t *set);
 
 /* The next run, ascending, at most RECORD_PAGES_MAX pages unless it is a hole; false at the end. */
 static inline bool page_source_next(struct page_source *source, struct page_run *run)
