@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mobictl events`: what happened in the mesh, as lines or NDJSON."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from mobictl import options, tables
+from mobictl.client import Client
+from mobictl.options import build
+from mobictl.session import Session, write_json
+from proto import api
+
+
+def events(
+    session: Session,
+    *,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with what happens, until Ctrl-C.")
+    ] = False,
+    since: Annotated[
+        float | None, options.duration("--since", help="Only those not older than this.")
+    ] = None,
+) -> None:
+    """Show the mesh's event log."""
+    args = build(api.Events, "events", since=since, follow=follow)
+    kept: list[dict[str, Any]] = []
+
+    async def work(client: Client) -> None:
+        async with client.request("events", args) as request:
+            async for item in request:
+                if not session.json:
+                    session.show(item, line(item))
+                elif follow:
+                    write_json(item)
+                else:
+                    kept.append(item)
+
+    try:
+        session.run(work)
+    except KeyboardInterrupt:
+        if not follow:
+            raise
+    if session.json and not follow:
+        write_json(kept)
+
+
+def line(event: dict[str, Any]) -> str:
+    """One event in one line: when, where, what, and its facts."""
+    facts = {key: value for key, value in event.items() if key not in ("time", "peer", "kind")}
+    words = " ".join(f"{key}={value}" for key, value in facts.items() if value not in (None, ""))
+    text = (
+        f"{tables.moment(event.get('time'))}  {event.get('peer', ''):<12} {event.get('kind', ''):<22} {words}"
+    )
+    return "".join(c if c.isprintable() else "?" for c in text).rstrip()

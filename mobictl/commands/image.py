@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mobictl image`: what guests can be made of."""
+
+from __future__ import annotations
+
+from mobictl import tables
+from mobictl.command import application, command
+from mobictl.session import Session
+from mobictl.tables import Column
+
+app = application("Images: what guests are made of.")
+
+COLUMNS = (
+    Column("IMAGE", "name"),
+    Column("SIZE", "size", tables.size, right=True),
+    Column("PEERS", "peers", tables.joined),
+    Column("RECIPE", "recipe"),
+    Column("HASH", "root_sha256", lambda value: str(value)[:12]),
+)
+
+
+@command(app, "ls")
+def ls(session: Session) -> None:
+    """List the images that the asked peer has."""
+    rows = session.call("image.ls")
+    session.show(rows, tables.table(rows, COLUMNS, "no images; make them with: make setup"))

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who the user is to a mesh: an Ed25519 key of its own, and the keys of the peers it may trust.
+
+`mobictl login TOKEN` makes the key (once), shows it to a peer that the token names, and writes down the
+members of that mesh. From then on any of them can be spoken to over TCP, both sides proving their keys.
+All of it is in `${XDG_CONFIG_HOME:-~/.config}/mobitopolo`: `identity.pem` (private, mode 0600) and
+`meshes.json`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import ssl
+import stat
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.x509.oid import NameOID
+
+from proto.api import OperationError
+from proto.identity import peer_id
+
+FORMAT = 1
+
+
+def config_directory() -> Path:
+    """`${XDG_CONFIG_HOME:-~/.config}/mobitopolo`."""
+    return Path(platformdirs.user_config_dir("mobitopolo", appauthor=False))
+
+
+@dataclass
+class Credentials:
+    """This user's key file, and the members of the meshes it logged into: mesh id → {name, address, key}."""
+
+    directory: Path
+    meshes: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> Path:
+        return self.directory / "identity.pem"
+
+    @property
+    def peer_keys(self) -> set[bytes]:
+        """Raw public keys of all peers that may be trusted."""
+        return {bytes.fromhex(member["key"]) for members in self.meshes.values() for member in members}
+
+    @classmethod
+    def load(cls, directory: Path | None = None) -> Credentials:
+        """What is there; raises OperationError(unauthenticated) when the user never logged in."""
+        found = cls(directory or config_directory())
+        found._read()
+        if not found.meshes or not found.identity.exists():
+            raise OperationError(
+                "unauthenticated",
+                "this user has not logged into a mesh, so no peer can be spoken to over TCP",
+                "mobictl login TOKEN, with a token from: mobictl peer token new --role operator",
+            )
+        return found
+
+    @classmethod
+    def load_or_create(cls, directory: Path | None = None) -> Credentials:
+        """What is there, with a key made now if there is none."""
+        found = cls(directory or config_directory())
+        found._read()
+        if not found.identity.exists():
+            _write(found.identity, make_identity())
+        return found
+
+    def _read(self) -> None:
+        path = self.directory / "meshes.json"
+        try:
+            data: Any = json.loads(path.read_text()) if path.exists() else {"format": FORMAT, "meshes": {}}
+            if data["format"] != FORMAT:
+                raise ValueError(f"it has format {data['format']}, this version reads {FORMAT}")
+            self.meshes = data["meshes"]
+            self.peer_keys  # noqa: B018 - reading it checks its shape
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OperationError(
+                "failed", f"{path} cannot be read: {error}", "remove it and log in again"
+            ) from None
+
+    def use(self, context: ssl.SSLContext) -> None:
+        """Show this user's key on connections made with `context`."""
+        path = self.identity
+        try:
+            mode = path.stat().st_mode
+            if stat.S_IMODE(mode) & 0o077:
+                raise OperationError("forbidden", f"{path} can be read by others", f"chmod 600 {path}")
+            context.load_cert_chain(path)
+        except (OSError, ssl.SSLError) as error:
+            text = f"the user's key in {path} cannot be read: {error}"
+            raise OperationError("failed", text, "remove it and log in again") from None
+
+    def certificate(self) -> bytes:
+        """The user's certificate, DER."""
+        pem = x509.load_pem_x509_certificate(self.identity.read_bytes())
+        return pem.public_bytes(Encoding.DER)
+
+    def remember(self, mesh: str, members: list[dict[str, str]]) -> None:
+        """Write down the members of a mesh: `{name, address, key}`, key in hex."""
+        self.meshes[mesh] = members
+        text = json.dumps({"format": FORMAT, "meshes": self.meshes}, indent=1)
+        _write(self.directory / "meshes.json", text.encode())
+
+
+def make_identity() -> bytes:
+    """A new private key and its self-signed certificate, PEM."""
+    key = Ed25519PrivateKey.generate()
+    raw = key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, peer_id(raw))])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC))
+        .not_valid_after(datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .sign(key, algorithm=None)
+    )
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return pem + certificate.public_bytes(Encoding.PEM)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace a private file as a whole."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        os.rename(temporary, path)
+    except OSError as error:
+        raise OperationError("failed", f"{path} cannot be written: {error.strerror}") from None

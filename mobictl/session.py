@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every command has: which peer to ask, and how to speak to the person or program that called.
+
+Results go to standard output: a table or text, or with `--json` exactly one JSON document. Everything else
+(progress, notes, errors) goes to standard error, so that a pipe only ever sees results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+from mobictl import client, places
+from proto.api import OperationError
+
+Call = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Session:
+    """The options that every command has, and what they mean."""
+
+    peer: str | None = None
+    directory: Path | None = None
+    json: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        self.out = Console(soft_wrap=False, highlight=False)
+        self.err = Console(stderr=True, highlight=False)
+
+    @property
+    def root(self) -> Path:
+        """The directory of `mobictl up`."""
+        return (self.directory or places.state_directory()).absolute()
+
+    def target(self) -> str:
+        """Where the peer is: `unix:PATH` or `HOST:PORT`. Raises OperationError(unreachable)."""
+        if self.peer is None:
+            return places.find_peer(self.root).target
+        if self.peer.startswith("unix:") or ":" in self.peer:
+            return self.peer
+        return places.find_peer(self.root, self.peer).target
+
+    def call(
+        self,
+        op: str,
+        args: client.Args = None,
+        *,
+        timeout: float = client.CALL_TIMEOUT,
+        on_item: Call | None = None,
+    ) -> Any:
+        """The result of an operation of the peer."""
+        return client.Mesh(self.target()).call(op, args, timeout=timeout, on_item=on_item)
+
+    def run(self, work: Callable[[client.Client], Awaitable[Any]]) -> Any:
+        """Run `work` under trio with a connection to the peer."""
+        target = self.target()
+
+        async def connected() -> Any:
+            async with client.connect(target) as connection:
+                return await work(connection)
+
+        return client.run(connected)
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncGenerator[client.Client, None]:
+        """A connection to the peer, for work that is under trio already."""
+        async with client.connect(self.target()) as connection:
+            yield connection
+
+    @property
+    def interactive(self) -> bool:
+        """Whether a person watches standard error."""
+        return self.err.is_terminal and not self.json and not self.quiet
+
+    def show(self, document: Any, *renderables: RenderableType) -> None:
+        """The result: the document with --json, else what is made for people (nothing with --quiet)."""
+        if self.json:
+            write_json(document)
+        elif not self.quiet:
+            for renderable in renderables:
+                self.out.print(renderable)
+
+    def note(self, text: str) -> None:
+        """A line about the work, for people."""
+        if not self.quiet and not self.json:
+            self.err.print(text, markup=False)
+
+
+def write_json(document: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(document, default=_plain, ensure_ascii=False))  # noqa: T201 - this is the output
+    sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def write_error(error: OperationError, *, as_json: bool, extra: Mapping[str, Any] | None = None) -> None:
+    """An error as `{"error": …}` on standard output, or as a sentence and its hint on standard error."""
+    if as_json:
+        write_json({"error": {**error.as_dict(), **(extra or {})}})
+        return
+    lines = [f"mobictl: {error.message}"]
+    if error.hint:
+        lines.append(f"  {error.hint}")
+    text = "\n".join("".join(c if c.isprintable() or c == "\n" else "?" for c in line) for line in lines)
+    os.write(2, (text + "\n").encode(errors="replace"))
