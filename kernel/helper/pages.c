@@ -98,8 +98,8 @@ static void on_final(struct pages *pages, const struct page_notice *notice)
 	struct control_message *reply = take_reply(pages, &pages->ticket);
 	if (!pages->releasing)
 		pages->state = READY;
-	else if (!notice->failure.code)
-		pages->state = RELEASED;
+	else
+		pages->state = notice->failure.code ? BROKEN : RELEASED;
 	if (!reply)
 		return;
 	put_stats(reply, &notice->stats);

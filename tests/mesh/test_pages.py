@@ -177,6 +177,7 @@ def test_verify_notices_a_page_changed_after_the_root(pair: Pair) -> None:
     assert pair.final()["released"] == "yes"
     pair.source[0].write(9, b"not the same" + bytes(PAGE - 12))
     assert pair.sender.call("verify")[0]["match"] is False
+    pair.receiver.wait_event("released")
     assert pair.receiver.call("verify")[0]["match"] is True
 
 
@@ -186,6 +187,7 @@ def test_what_was_in_the_target_is_overwritten_or_noticed(pair: Pair) -> None:
     pair.source[0].write(1, b"new".ljust(PAGE))
     pair.connect()
     assert pair.final()["match"] is True
+    pair.receiver.wait_event("released")
     assert pair.receiver.call("verify")[0]["match"] is False
 
 
