@@ -29,19 +29,24 @@ static uint16_t internet_sum(const uint8_t *data, size_t length)
 	return (uint16_t)sum;
 }
 
-void frame_finish_checksum(struct frame *frame)
+void frame_checksum_at(struct frame *frame, size_t start, size_t field)
 {
-	size_t start = frame->meta.csum_start, field = start + frame->meta.csum_offset;
-	uint16_t sum;
-
-	if (!(frame->meta.flags & META_NEEDS_CHECKSUM))
-		return;
 	/* The field holds the sum of the pseudo-header, so it takes part. */
-	sum = (uint16_t)~internet_sum(frame->data + start, frame->length - start);
+	uint16_t sum = (uint16_t)~internet_sum(frame->data + start, frame->length - start);
+
 	if (sum == 0)
 		sum = 0xffff; /* in UDP 0 would say "no checksum"; in TCP both are the same number */
 	frame->data[field] = (uint8_t)(sum >> 8);
 	frame->data[field + 1] = (uint8_t)sum;
+}
+
+void frame_finish_checksum(struct frame *frame)
+{
+	size_t start = frame->meta.csum_start;
+
+	if (!(frame->meta.flags & META_NEEDS_CHECKSUM))
+		return;
+	frame_checksum_at(frame, start, start + frame->meta.csum_offset);
 	frame->meta.flags &= (uint8_t)~META_NEEDS_CHECKSUM;
 	frame->meta.csum_start = frame->meta.csum_offset = 0;
 }

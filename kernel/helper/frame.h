@@ -19,7 +19,7 @@ enum {
 
 enum {
 	META_NEEDS_CHECKSUM = 0x01, /* the sum from csum_start on is still to be put at csum_start + csum_offset */
-	META_FLOODED = 0x02,	    /* sent to every peer of the network: broadcast, multicast, unknown destination */
+	META_FLOODED = 0x02,        /* sent to every peer of the network: broadcast, multicast, unknown destination */
 	META_KNOWN = META_NEEDS_CHECKSUM | META_FLOODED,
 };
 
@@ -42,6 +42,8 @@ bool frame_valid(const struct frame *frame);
 
 /* Computes the checksum that was left to do, for a receiver that cannot. */
 void frame_finish_checksum(struct frame *frame);
+/* The same for sums that begin at byte `start` and belong at `field`; both, and the field's end, are in the frame. */
+void frame_checksum_at(struct frame *frame, size_t start, size_t field);
 
 static inline const uint8_t *frame_destination(const struct frame *frame)
 {
@@ -61,11 +63,11 @@ static inline bool mac_is_group(const uint8_t *mac)
 /* A frame that waits, or a marker between frames; see handover.c. */
 struct frame_item {
 	struct frame_item *next;
-	uint64_t sender;  /* identity of the peer it came from */
-	uint64_t due_ns;  /* impair.c: when it leaves */
-	uint64_t order;	  /* impair.c: first come, first served among equal due times */
-	uint64_t marker;  /* 0 = a frame, else a marker of this epoch and frame.length is 0 */
-	bool redirected;  /* it came from the guest's old place, not from the sender itself */
+	uint64_t sender; /* identity of the peer it came from */
+	uint64_t due_ns; /* impair.c: when it leaves */
+	uint64_t order;  /* impair.c: first come, first served among equal due times */
+	uint64_t marker; /* 0 = a frame, else a marker of this epoch and frame.length is 0 */
+	bool redirected; /* it came from the guest's old place, not from the sender itself */
 	struct frame frame;
 	uint8_t storage[];
 };
@@ -80,7 +82,7 @@ struct frame_queue {
 };
 
 void frame_queue_push(struct frame_queue *queue, struct frame_item *item);
-struct frame_item *frame_queue_pop(struct frame_queue *queue); /* NULL when empty; free() it */
+struct frame_item *frame_queue_pop(struct frame_queue *queue);                   /* NULL when empty; free() it */
 void frame_queue_prepend(struct frame_queue *queue, struct frame_queue *before); /* `before` is empty then */
 void frame_queue_clear(struct frame_queue *queue);
 

@@ -27,8 +27,8 @@ struct tunnel_reassembly;
 
 struct tunnel_counters {
 	uint64_t rx_packets, rx_bytes, tx_packets, tx_bytes; /* UDP payloads of authentic packets */
-	uint64_t bad_auth, replayed, malformed;		     /* refused, by reason */
-	uint64_t tx_dropped, tx_errors;			     /* packets not sent: no key or queue full; socket error */
+	uint64_t bad_auth, replayed, malformed;              /* refused, by reason */
+	uint64_t tx_dropped, tx_errors;                      /* packets not sent: no key or queue full; socket error */
 	uint64_t fragments_rx, fragments_tx, reassembly_failed;
 };
 
@@ -37,7 +37,7 @@ struct tunnel_peer {
 	uint32_t handle;
 	uint64_t identity;
 	uint64_t rtt_us; /* 0 = not known */
-	uint32_t mtu;	 /* of the path, IP header included */
+	uint32_t mtu;    /* of the path, IP header included */
 	struct tunnel_counters counters;
 	uint64_t spoofed, foreign; /* counted by the switch: wrong source address; network it is not in */
 
@@ -50,7 +50,7 @@ struct tunnel_peer {
 	uint64_t counter; /* of the next packet */
 	uint32_t fragment_id;
 	struct tunnel_receive_key *receive[TUNNEL_RECEIVE_KEYS]; /* newest first */
-	struct tunnel_reassembly *reassembly;			 /* of TUNNEL_REASSEMBLIES, or NULL */
+	struct tunnel_reassembly *reassembly;                    /* of TUNNEL_REASSEMBLIES, or NULL */
 	struct tunnel_batch *batch;
 	struct tunnel_peer *next_dirty;
 	bool dirty;
@@ -72,6 +72,8 @@ void tunnel_free(struct tunnel *tunnel);
 
 /* Binds the socket; again = another address. Returns the port, or -1 and errno. */
 int tunnel_listen(struct tunnel *tunnel, const char *address, uint16_t port);
+
+int tunnel_port(const struct tunnel *tunnel); /* 0 = not listening */
 
 struct tunnel_peer *tunnel_find(struct tunnel *tunnel, uint32_t handle);
 

@@ -25,8 +25,8 @@ void tunnel_send_fragments(struct tunnel *tunnel, struct tunnel_peer *peer, enum
 		part[5] = (uint8_t)count;
 		put_be16(part + 6, (uint16_t)piece);
 		memcpy(part + TUNNEL_FRAGMENT_HEADER, plain + at, bytes);
-		tunnel_send_packet(tunnel, peer, (uint8_t)(kind | TUNNEL_FRAGMENT), network, part,
-			TUNNEL_FRAGMENT_HEADER + bytes);
+		tunnel_send_packet(
+			tunnel, peer, (uint8_t)(kind | TUNNEL_FRAGMENT), network, part, TUNNEL_FRAGMENT_HEADER + bytes);
 		peer->counters.fragments_tx++;
 	}
 }
@@ -74,8 +74,8 @@ static bool piece_valid(const struct tunnel_reassembly *want, unsigned index, si
 	return index + 1 < want->count ? bytes == want->piece : bytes <= want->piece;
 }
 
-bool tunnel_reassemble(struct tunnel_peer *peer, const struct tunnel_message *piece, uint64_t now_ns,
-	struct tunnel_message *whole)
+bool tunnel_reassemble(
+	struct tunnel_peer *peer, const struct tunnel_message *piece, uint64_t now_ns, struct tunnel_message *whole)
 {
 	struct tunnel_reassembly want = {.network = piece->network, .kind = piece->kind, .begun_ns = now_ns};
 	struct tunnel_reassembly *slot;

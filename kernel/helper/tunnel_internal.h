@@ -10,13 +10,13 @@
 
 enum {
 	TUNNEL_DATAGRAM = 65536,
-	TUNNEL_BATCH = 65000,	/* bytes in one UDP_SEGMENT message */
-	TUNNEL_SEGMENTS = 64,	/* packets in it; the kernel's own limit */
-	TUNNEL_RECEIVES = 16,	/* messages per recvmmsg */
+	TUNNEL_BATCH = 65000,     /* bytes in one UDP_SEGMENT message */
+	TUNNEL_SEGMENTS = 64,     /* packets in it; the kernel's own limit */
+	TUNNEL_RECEIVES = 16,     /* messages per recvmmsg */
 	TUNNEL_PENDING = 1 << 20, /* bytes per peer that may wait for a full socket */
 	TUNNEL_MTU_MIN = 576,
 	TUNNEL_MTU_MAX = 65535,
-	TUNNEL_INDEX = 8192,	/* slots; a power of two, at least twice the keys */
+	TUNNEL_INDEX = 8192, /* slots; a power of two, at least twice the keys */
 };
 
 struct tunnel_receive_key {
@@ -42,7 +42,7 @@ struct tunnel_pending {
 struct tunnel_batch {
 	size_t used, segment; /* bytes; size of each packet but the last */
 	unsigned packets;
-	bool closed;	 /* the last one was shorter: none may follow */
+	bool closed;     /* the last one was shorter: none may follow */
 	bool no_offload; /* the path's device cannot do UDP_SEGMENT */
 	struct tunnel_pending *pending, **pending_tail;
 	size_t pending_bytes;
@@ -66,6 +66,7 @@ struct tunnel {
 	void *context;
 	int fd;
 	int family;
+	int port;
 	struct tunnel_peer *peers[TUNNEL_PEERS];
 	struct tunnel_peer *dirty;
 	uint64_t counter_floor; /* a peer removed and set again goes on from here: no counter repeats */
@@ -82,6 +83,11 @@ struct tunnel {
 	uint8_t plain[FRAME_HEADROOM + TUNNEL_DATAGRAM];
 };
 
+/* The slot of the receive key with this id, or the free one where it would be. */
+struct tunnel_index_slot *tunnel_index_slot(struct tunnel *tunnel, uint32_t id);
+/* The first packet under this key came: older ones of the peer are not needed for long any more. */
+void tunnel_first_use(struct tunnel *tunnel, struct tunnel_peer *peer, struct tunnel_receive_key *key);
+
 void tunnel_readable(void *context, int fd, uint32_t events);
 void tunnel_send_pending(struct tunnel *tunnel);
 void tunnel_set_mtu(struct tunnel *tunnel, struct tunnel_peer *peer, uint32_t mtu);
@@ -96,8 +102,8 @@ void tunnel_send_packet(struct tunnel *tunnel, struct tunnel_peer *peer, uint8_t
  * Takes one piece. True when it completes a message: `whole` is filled, and its bytes live until
  * tunnel_reassembly_release().
  */
-bool tunnel_reassemble(struct tunnel_peer *peer, const struct tunnel_message *piece, uint64_t now_ns,
-	struct tunnel_message *whole);
+bool tunnel_reassemble(
+	struct tunnel_peer *peer, const struct tunnel_message *piece, uint64_t now_ns, struct tunnel_message *whole);
 void tunnel_reassembly_release(struct tunnel_message *whole);
 void tunnel_reassembly_free(struct tunnel_peer *peer);
 

@@ -39,8 +39,8 @@ static ssize_t send_message(
 }
 
 /* For devices that cannot split: one system call for all, one message per packet. Returns the packets sent. */
-static size_t send_each(const struct tunnel *tunnel, struct tunnel_peer *peer, uint8_t *data, size_t length,
-	size_t segment)
+static size_t send_each(
+	const struct tunnel *tunnel, struct tunnel_peer *peer, uint8_t *data, size_t length, size_t segment)
 {
 	struct mmsghdr messages[TUNNEL_SEGMENTS];
 	struct iovec vectors[TUNNEL_SEGMENTS];
