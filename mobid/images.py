@@ -218,7 +218,8 @@ class Images:
                     "kernel.fetch", KernelFetch(sha256=sha256), work / "linux", MAX_KERNEL, what
                 )
                 (work / "linux").chmod(0o755)
-                _adopt(work, self._directory("kernels") / f"fetched-{sha256[:SHORT_HASH]}")
+                (work / "kernel.json").write_text(json.dumps({"format": FORMAT, "sha256": sha256}) + "\n")
+                _adopt(work, self._directory("kernel") / f"fetched-{sha256[:SHORT_HASH]}")
             return await self.find_kernel(sha256)
 
     @operation("image.ls", role="viewer")
@@ -262,7 +263,8 @@ class Images:
 
     def _kernels(self) -> list[Path]:
         """Kernels of the cache, the newest built here first, fetched ones last."""
-        found = [path for path in self._directory("kernels").glob("*/linux") if path.is_file()]
+        pages = self._directory("kernel").glob("*/kernel.json")
+        found = [path for page in pages if (path := page.with_name("linux")).is_file()]
         return sorted(found, key=lambda p: (p.parent.name.startswith("fetched-"), -p.stat().st_mtime_ns))
 
     def _unknown(self, name: str) -> OperationError:
