@@ -14,6 +14,7 @@ import hashlib
 import os
 import stat
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from proto.api import OperationError
 APPLICATION = "mobitopolo"
 FORMAT = 1
 DEFAULT_PORT = 7400
+
+LOCK_ATTEMPTS = 10
+LOCK_PAUSE = 0.05
 
 
 def cache_directory() -> Path:
@@ -165,18 +169,26 @@ class DirectoryLock:
     def __init__(self, directory: Path) -> None:
         path = directory / "mobid.pid"
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(self._fd, 32).decode(errors="replace").strip()
+        if not self._lock():
+            pid = os.pread(self._fd, 32, 0).decode(errors="replace").strip()
             os.close(self._fd)
             raise OperationError(
                 "exists",
                 f"a peer is running in {directory} already (process {pid or 'unknown'})",
                 "give another --dir, or end that one first",
-            ) from None
+            )
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def _lock(self) -> bool:
+        """Whether the lock is ours. Somebody who only looks may hold it shared for a moment."""
+        for _ in range(LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                time.sleep(LOCK_PAUSE)
+        return False
 
     def release(self) -> None:
         """Let another process have the directory."""

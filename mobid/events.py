@@ -15,8 +15,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import trio
-
 from mobid.signal import Changed
 
 LIMIT = 4 << 20
@@ -84,12 +82,12 @@ class Events:
         """Every event from now on, for ever."""
         seen = self._count
         while True:
-            await self._changed.wait_until(lambda: self._count > seen)
+            while self._count == seen:
+                await self._changed.wait()
             missing = min(self._count - seen, len(self._recent))
             seen = self._count
             for event in self._recent[len(self._recent) - missing :]:
                 yield event
-            await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
         self._file.close()

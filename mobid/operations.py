@@ -14,11 +14,18 @@ Forwarding passes items, inputs, cancellation and the result through.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-from proto.api import Arguments, Nothing, Role
+import trio
+
+from mobid.tasks import background
+from proto.api import Arguments, Nothing, OperationError, Role, parse
+from proto.state import State
+from proto.wire import MAX_HOPS
 
 Route = Literal["here", "guest", "coordinator", "peer"]
 
@@ -88,10 +95,31 @@ def operation(
     return mark
 
 
+class Stream(Protocol):
+    """A request under way at another peer (`mobid.links.Stream`)."""
+
+    def __aiter__(self) -> AsyncIterator[dict[str, Any]]: ...
+
+    async def send(self, value: dict[str, Any]) -> None: ...
+
+    async def result(self) -> Any: ...
+
+
+class Forwarder(Protocol):
+    """What forwarding needs of the links."""
+
+    def stream(
+        self, peer: str, op: str, args: Arguments | None = None, *, hops: int = 0
+    ) -> AbstractAsyncContextManager[Stream]: ...
+
+
 class Operations:
     """The registry of one peer."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: str, state: Callable[[], State], links: Forwarder) -> None:
+        self._own = own
+        self._state = state
+        self._links = links
         self._handlers: dict[str, tuple[Operation, Callable[..., Awaitable[Any]]]] = {}
 
     def add(self, part: object) -> None:
@@ -105,4 +133,68 @@ class Operations:
 
     async def run(self, request: Request, args: dict[str, Any]) -> Any:
         """Check and carry out a request, here or where it belongs; raises `OperationError`."""
-        raise NotImplementedError
+        if request.op not in self._handlers:
+            raise OperationError("unsupported", f"there is no operation {request.op!r}")
+        made, handler = self._handlers[request.op]
+        _check_role(made, request.caller)
+        model = parse(made.args, args, made.name)
+        target, model = self._resolve(made, model)
+        with trio.move_on_after(math.inf if made.timeout is None else made.timeout):
+            if target == self._own:
+                return await handler(request, model)
+            if request.hops >= MAX_HOPS:
+                raise OperationError(
+                    "conflict",
+                    f"{made.name} was passed on {MAX_HOPS} times without finding its place",
+                    "try again",
+                )
+            return await self._forward(request, target, model)
+        raise OperationError("timeout", f"{made.name} did not end within {made.timeout:g} s")
+
+    def _resolve(self, made: Operation, args: Arguments) -> tuple[str, Arguments]:
+        """The peer that carries it out, and the arguments with names made exact."""
+        state = self._state()
+        match made.route:
+            case "guest":
+                guest = state.find_guest(getattr(args, "vm"))  # noqa: B009 - by the route's contract
+                return guest.owner, args.model_copy(update={"vm": guest.key})
+            case "peer":
+                member = state.find_peer(getattr(args, "peer"))  # noqa: B009 - by the route's contract
+                return member.id, args.model_copy(update={"peer": member.id})
+            case "coordinator":
+                if not state.coordinator:
+                    raise OperationError(
+                        "no-leader", "this peer does not know its mesh's coordinator yet", "try again"
+                    )
+                return state.coordinator, args
+        return self._own, args
+
+    async def _forward(self, request: Request, target: str, args: Arguments) -> Any:
+        async with self._links.stream(target, request.op, args, hops=request.hops + 1) as stream:
+
+            async def pass_inputs() -> None:
+                # When the connection is lost, the loop below says so.
+                with suppress(OperationError):
+                    while True:
+                        await stream.send(await request.input())
+
+            async with background(pass_inputs):
+                async for item in stream:
+                    await request.item(item)
+                return await stream.result()
+
+
+def _check_role(made: Operation, caller: Caller) -> None:
+    if caller.role >= made.role:
+        return
+    if caller.role is Role.ANONYMOUS:
+        raise OperationError(
+            "unauthenticated",
+            f"{made.name} needs a key this mesh knows",
+            "enrol with mobictl login TOKEN, or use the peer's own socket",
+        )
+    raise OperationError(
+        "forbidden",
+        f"{made.name} needs role {made.role.label}; {caller.name or 'you'} has role {caller.role.label}",
+        f"ask for a token with --role {made.role.label}",
+    )

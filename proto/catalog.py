@@ -21,7 +21,7 @@ from proto import entries as e
 from proto.identity import IdentityError, peer_id, public_key, verify
 from proto.state import CLOSED_MIGRATIONS, SESSION_WINDOW, Refused, Session, State
 
-__all__ = ["Refused", "State", "applied_index", "apply"]
+__all__ = ["Refused", "State", "applied_index", "apply", "skip"]
 
 ValueT = TypeVar("ValueT")
 

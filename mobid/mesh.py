@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who belongs to the mesh: tokens, joining, logging in, leaving, and the lists of peers that people see.
+
+A newcomer has no key that anybody knows. It shows a token's secret, over TLS to a peer whose key it pinned
+from the token, and its certificate; one catalog entry spends a use of the token and lists the certificate.
+From then on TLS knows it. Asking again with the same token and the same key, because the answer was lost,
+gives the same answer.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mobid.catalog import Catalog
+from mobid.identity import Identity
+from mobid.links import Links
+from mobid.operations import Request, operation
+from proto import api, entries, tokens
+from proto.api import OperationError
+from proto.identity import IdentityError, peer_id, public_key
+
+
+class Mesh:
+    """The operations `peer.*`, `mesh.*` and `leader`."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        catalog: Catalog,
+        links: Links,
+        facts: Callable[[], dict[str, Any]],
+    ) -> None:
+        """`facts()` is what a ping answers beside the time: `{memory_free, …}` of this host now."""
+        self._identity = identity
+        self._catalog = catalog
+        self._links = links
+        self._facts = facts
+
+    # Looking.
+
+    @operation("ping", role="viewer")
+    async def ping(self, _request: Request, _args: api.Nothing) -> dict[str, Any]:
+        """That this peer is here, and how its host does."""
+        return self._facts()
+
+    @operation("leader", role="viewer")
+    async def leader(self, _request: Request, _args: api.Nothing) -> dict[str, Any]:
+        """Who coordinates."""
+        state = self._catalog.state
+        name = state.peer_name(state.coordinator)
+        reachable = state.coordinator and self._links.liveness(state.coordinator).state != "dead"
+        return {
+            "leader": name if reachable else None,
+            "term": 1,
+            "voters": [name],
+            "commit_index": state.index,
+            "since": state.coordinator_since,
+        }
+
+    @operation("peer.ls", role="viewer")
+    async def ls(self, _request: Request, _args: api.Nothing) -> list[dict[str, Any]]:
+        """All members, by name; those that left come last."""
+        members = self._catalog.state.members.values()
+        return [self._shown(m) for m in sorted(members, key=lambda m: (m.status != "member", m.name))]
+
+    @operation("peer.show", role="viewer", args=api.PeerArguments)
+    async def show(self, _request: Request, args: api.PeerArguments) -> dict[str, Any]:
+        """One member, with what its host is and the guests it owns."""
+        state = self._catalog.state
+        member = state.find_peer(args.peer)
+        return {
+            **self._shown(member),
+            "memory": member.facts.memory,
+            "cpus": member.facts.cpus,
+            "xsave_size": member.facts.xsave_size,
+            "joined": member.joined,
+            "draining": member.draining,
+            "guest_names": sorted(guest.key for guest in state.guests_of(member.id)),
+        }
+
+    def _shown(self, member: entries.Member) -> dict[str, Any]:
+        state = self._catalog.state
+        sight = self._links.liveness(member.id)
+        own = member.id == self._identity.id
+        last = self._facts() if own else self._links.last_answer(member.id)
+        return {
+            "peer": member.id,
+            "name": member.name,
+            "site": member.site,
+            "address": member.address,
+            "state": sight.state if member.status == "member" else "left",
+            "rtt_ms": None if sight.rtt is None else round(sight.rtt * 1000, 3),
+            "voter": member.id == state.coordinator,
+            "guests": len(state.guests_of(member.id)),
+            "memory_free": last.get("memory_free"),
+            "cpu_features": list(member.facts.cpu_features),
+            "version": member.facts.version,
+        }
+
+    @operation("peer.ping", role="viewer", args=api.PeerArguments)
+    async def ping_peer(self, _request: Request, args: api.PeerArguments) -> dict[str, Any]:
+        """One round trip from the peer that was asked to the one named."""
+        member = self._catalog.state.find_peer(args.peer)
+        return {"peer": member.name, "rtt_ms": round(await self._links.ping(member.id) * 1000, 3)}
+
+    # Tokens.
+
+    @operation("peer.token.new", role="admin", args=api.TokenNew)
+    async def token_new(self, _request: Request, args: api.TokenNew) -> dict[str, Any]:
+        """Make a token; its text is shown once and kept nowhere."""
+        id, secret = secrets.token_hex(4), secrets.token_bytes(tokens.SECRET_SIZE)
+        expires = time.time() + args.ttl
+        state = self._catalog.state
+        kept = entries.Token(
+            id=id,
+            secret_hash=tokens.hash_secret(id, secret),
+            role=args.role,
+            uses=args.uses,
+            expires=expires,
+            created_by=state.peer_name(self._identity.id),
+        )
+        await self._catalog.propose(entries.AddToken(token=kept))
+        doors = dict.fromkeys((self._identity.id, state.coordinator))
+        members = [state.members[peer] for peer in doors if peer in state.members]
+        text = tokens.encode(
+            tokens.Token(
+                id,
+                secret,
+                state.mesh,
+                args.role,
+                expires,
+                tuple((member.address, public_key(member.certificate)) for member in members),
+            )
+        )
+        return {"token": text, "id": id, "expires": expires}
+
+    @operation("peer.token.ls", role="admin")
+    async def token_ls(self, _request: Request, _args: api.Nothing) -> list[dict[str, Any]]:
+        """All tokens, without their secrets, which nobody has any more."""
+        now = time.time()
+        return [
+            {
+                "id": token.id,
+                "role": token.role,
+                "uses": token.uses,
+                "expires": token.expires,
+                "state": _token_state(token, now),
+                "created_by": token.created_by,
+            }
+            for token in sorted(self._catalog.state.tokens.values(), key=lambda token: token.expires)
+        ]
+
+    @operation("peer.token.revoke", role="admin", args=api.TokenRevoke)
+    async def token_revoke(self, _request: Request, args: api.TokenRevoke) -> dict[str, Any]:
+        """Make a token worthless; who came in with it stays."""
+        id = tokens.decode(args.token).id if args.token.startswith(tokens.PREFIX) else args.token
+        await self._catalog.propose(entries.RevokeToken(token=id))
+        return {"id": id, "state": "revoked"}
+
+    # Coming in.
+
+    @operation("mesh.join", role="anonymous", args=api.MeshJoin, route="coordinator")
+    async def join(self, _request: Request, args: api.MeshJoin) -> dict[str, Any]:
+        """Let a newcomer with a token in; tells it where the coordinator is."""
+        state = self._catalog.state
+        token = self._checked_token(args.token, args.secret)
+        known = state.members.get(_id_of(args.certificate))
+        again = known and (known.certificate, known.token, known.status) == (
+            args.certificate,
+            token.id,
+            "member",
+        )
+        if not again:
+            member = entries.Member(
+                id=_id_of(args.certificate),
+                name=args.name,
+                site=args.site,
+                address=args.address,
+                certificate=args.certificate,
+                token=token.id,
+            )
+            await self._catalog.propose(entries.AddPeer(member=member))
+        state = self._catalog.state
+        coordinator = state.members[state.coordinator]
+        return {
+            "mesh": state.mesh,
+            "coordinator": coordinator.id,
+            "members": [coordinator.model_dump(mode="python")],
+        }
+
+    @operation("mesh.login", role="anonymous", args=api.MeshLogin, route="coordinator")
+    async def login(self, _request: Request, args: api.MeshLogin) -> dict[str, Any]:
+        """Enrol a user's key; tells it which peers, with which keys, it may talk to."""
+        token = self._checked_token(args.token, args.secret)
+        id = _id_of(args.certificate)
+        known = self._catalog.state.users.get(id)
+        if not (known and (known.certificate, known.token) == (args.certificate, token.id)):
+            role = token.role if token.role != "peer" else "viewer"
+            user = entries.User(
+                id=id, name=args.name, role=role, certificate=args.certificate, token=token.id
+            )
+            await self._catalog.propose(entries.AddUser(user=user))
+        state = self._catalog.state
+        return {
+            "mesh": state.mesh,
+            "user": id,
+            "role": state.users[id].role,
+            "members": [
+                {"name": m.name, "address": m.address, "key": public_key(m.certificate)}
+                for m in state.members.values()
+                if m.status == "member"
+            ],
+        }
+
+    def _checked_token(self, id: str, secret: bytes) -> entries.Token:
+        """The token, if the secret is right.
+
+        Whether it may still be used is judged by the catalog's entry.
+        """
+        token = self._catalog.state.tokens.get(id)
+        if token is None or not tokens.secret_matches(id, secret, token.secret_hash):
+            raise OperationError(
+                "unauthenticated",
+                "this token is not known to the mesh",
+                "ask for a new one: mobictl peer token new",
+            )
+        return token
+
+    # Going.
+
+    @operation("peer.drain", role="admin", args=api.PeerArguments)
+    async def drain(self, _request: Request, args: api.PeerArguments) -> dict[str, Any]:
+        """No new guests come to a peer; the labs' reconciliation moves those that are there."""
+        member = self._catalog.state.find_peer(args.peer)
+        await self._catalog.propose(entries.DrainPeer(peer=member.id, draining=True))
+        return self._shown(self._catalog.state.members[member.id])
+
+    @operation("peer.evict", role="admin", args=api.PeerArguments)
+    async def evict(self, _request: Request, args: api.PeerArguments) -> dict[str, Any]:
+        """A member's key opens nothing any more; its guests are lost."""
+        member = self._catalog.state.find_peer(args.peer)
+        await self._catalog.propose(entries.RemovePeer(peer=member.id, force=True))
+        return self._shown(self._catalog.state.members[member.id])
+
+
+def _token_state(token: entries.Token, now: float) -> str:
+    if token.revoked:
+        return "revoked"
+    if token.uses == 0:
+        return "spent"
+    return "expired" if now >= token.expires else "valid"
+
+
+def _id_of(certificate: bytes) -> str:
+    try:
+        return peer_id(public_key(certificate))
+    except IdentityError as error:
+        raise OperationError("bad-argument", f"the certificate cannot be used: {error}") from None
