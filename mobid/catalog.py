@@ -125,6 +125,11 @@ class Catalog:
         return self._state
 
     @property
+    def changed(self) -> Changed:
+        """Set after every applied record."""
+        return self._changed
+
+    @property
     def leads(self) -> bool:
         """Whether this peer is the coordinator."""
         return self._state.coordinator == self._own

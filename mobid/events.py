@@ -11,17 +11,29 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import structlog
+import trio
+
+from mobid.operations import Request, operation
 from mobid.signal import Changed
+from mobid.tasks import background
+from proto import api
+from proto.api import OperationError
 
 LIMIT = 4 << 20
 """Bytes in one file before it is rotated; two are kept."""
 
+MERGE_TIMEOUT = 10.0
+RETRY_PAUSE = 2.0
+
 BACKLOG = 1000
 """Events kept for those who follow; a follower further behind misses the ones between."""
+
+log = structlog.get_logger()
 
 
 class Events:
@@ -78,9 +90,11 @@ class Events:
                     if isinstance(event, dict) and event.get("time", 0.0) >= earliest:
                         yield event
 
-    async def follow(self) -> AsyncIterator[dict[str, Any]]:
-        """Every event from now on, for ever."""
-        seen = self._count
+    def follow(self) -> AsyncIterator[dict[str, Any]]:
+        """Every event from this call on, for ever."""
+        return self._follow(self._count)
+
+    async def _follow(self, seen: int) -> AsyncIterator[dict[str, Any]]:
         while True:
             while self._count == seen:
                 await self._changed.wait()
@@ -91,3 +105,71 @@ class Events:
 
     def close(self) -> None:
         self._file.close()
+
+
+class Streaming(Protocol):
+    """What the operation needs of the links."""
+
+    def stream(self, peer: str, op: str, args: api.Arguments) -> Any: ...
+
+
+class EventService:
+    """The operation `events`: this peer's events, or those of the whole mesh merged."""
+
+    def __init__(self, events: Events, links: Streaming, members: Callable[[], dict[str, str]]) -> None:
+        """`members()` gives the mesh's peers, id to name."""
+        self._events = events
+        self._links = links
+        self._members = members
+
+    @operation("events", role="viewer", args=api.Events, timeout=None)
+    async def events(self, request: Request, args: api.Events) -> None:
+        """Past events in the order of their time, then, with `follow`, new ones as they come."""
+        if args.local:
+            await self._local(request, args)
+        else:
+            await self._merged(request, args)
+
+    async def _local(self, request: Request, args: api.Events) -> None:
+        following = self._events.follow() if args.follow else None
+        for event in self._events.since(args.since):
+            await request.item(event)
+        if following is not None:
+            async for event in following:
+                await request.item(event)
+
+    async def _merged(self, request: Request, args: api.Events) -> None:
+        past: list[dict[str, Any]] = []
+        async with trio.open_nursery() as nursery:
+            for peer in self._members():
+                nursery.start_soon(self._collect, peer, args.since, past)
+        for event in sorted(past, key=lambda event: float(event.get("time", 0.0))):
+            await request.item(event)
+        if args.follow:
+            pumps = [self._pump(peer, request) for peer in self._members()]
+            async with background(*pumps):
+                await trio.sleep_forever()
+
+    async def _collect(self, peer: str, since: float | None, past: list[dict[str, Any]]) -> None:
+        with trio.move_on_after(MERGE_TIMEOUT):
+            try:
+                asked = api.Events(since=since, local=True)
+                async with self._links.stream(peer, "events", asked) as stream:
+                    async for event in stream:
+                        past.append(event)
+            except OperationError as error:
+                log.info("events.incomplete", peer=peer, reason=error.message)
+
+    def _pump(self, peer: str, request: Request) -> Callable[[], Awaitable[None]]:
+        async def pump() -> None:
+            asked = api.Events(since=0.0, follow=True, local=True)
+            while True:
+                try:
+                    async with self._links.stream(peer, "events", asked) as stream:
+                        async for event in stream:
+                            await request.item(event)
+                except OperationError as error:
+                    log.info("events.incomplete", peer=peer, reason=error.message)
+                await trio.sleep(RETRY_PAUSE)
+
+        return pump

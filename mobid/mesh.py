@@ -184,11 +184,11 @@ class Mesh:
             )
             await self._catalog.propose(entries.AddPeer(member=member))
         state = self._catalog.state
-        coordinator = state.members[state.coordinator]
+        known_to = (state.coordinator, _id_of(args.certificate))
         return {
             "mesh": state.mesh,
-            "coordinator": coordinator.id,
-            "members": [coordinator.model_dump(mode="python")],
+            "coordinator": state.coordinator,
+            "members": [state.members[peer].model_dump(mode="python") for peer in known_to],
         }
 
     @operation("mesh.login", role="anonymous", args=api.MeshLogin, route="coordinator")

@@ -1,31 +1,348 @@
 # SPDX-License-Identifier: Apache-2.0
 """The peer: composes its parts, starts them in order, and ends them in the reverse order.
 
-Each part is one object of one module that gets what it needs by constructor; no part reaches through another.
-A part that works by itself has `async def run(self) -> None`, which lasts as long as the peer; one that has
-something to put away has `async def close(self) -> None`. Operations are found by `@operation`.
+Each part is one object of one module that gets what it needs by constructor; no part reaches through
+another. A part that works by itself has `async def run()`, which lasts as long as the peer; the operations
+of all parts are found by `@operation`.
+
+A peer ends in one of three ways: it was told to stop (its guests end first), it was asked to end by a
+signal (its guests go on, and the next start takes them back), or it must start anew with another catalog
+because it has joined another mesh.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import structlog
+import trio
+
+from mobid import host, joining
 from mobid.catalog import Catalog
 from mobid.config import Config
-from mobid.events import Events
+from mobid.events import Events, EventService
+from mobid.helpers import HelperError, Helpers, find_binary
 from mobid.identity import Identity
+from mobid.images import Images
 from mobid.links import Links
-from mobid.operations import Operations
+from mobid.mesh import Mesh
+from mobid.operations import Operations, Request, operation
+from mobid.rpc import ServedRequest
+from mobid.server import Server, open_tcp, open_unix
+from proto import api, entries, tokens
+from proto.api import OperationError
+from proto.liveness import Reach
+from proto.state import State
+
+BOOTSTRAP = "mesh.json"
+ADVERTISE_TIMEOUT = 15.0
+SHUTDOWN_TIMEOUT = 60.0
+
+log = structlog.get_logger()
+
+
+class Outcome(Enum):
+    """How a peer ended."""
+
+    STOPPED = "stopped"
+    REPLACED = "replaced"
+    """Start it again: it has another catalog now."""
+    LEFT = "left"
+    EVICTED = "evicted"
 
 
 class Peer:
-    """All parts of one running peer."""
+    """All parts of one running peer. Made by `load`; then `open`, `run`, `close`."""
 
-    config: Config
-    identity: Identity
-    events: Events
-    operations: Operations
-    links: Links
-    catalog: Catalog
+    def __init__(
+        self, config: Config, identity: Identity, catalog_path: Path, bootstrap: State | None
+    ) -> None:
+        self.config = config
+        self.identity = identity
+        self.started = time.time()
+        self.outcome = Outcome.STOPPED
+        self.links = Links(identity, lambda: self.catalog.state, self._carry_out, self._turned)
+        self.catalog = Catalog(catalog_path, identity.id, self.links, bootstrap)
+        self.operations = Operations(identity.id, lambda: self.catalog.state, self.links)
+        self.events = Events(config.path("events.ndjson"), config.name or socket.gethostname())
+        self.mesh = Mesh(identity, self.catalog, self.links, self._facts_now)
+        self._scope = trio.CancelScope()
+        self._tcp: trio.SocketListener | None = None
+        self.address = ""
+        self._shutdown: list[Callable[[], Awaitable[None]]] = []
+        for part in (self, self.catalog, self.mesh, EventService(self.events, self.links, self._members)):
+            self.operations.add(part)
 
     @property
     def id(self) -> str:
         return self.identity.id
+
+    @property
+    def name(self) -> str:
+        """This peer's name in the mesh."""
+        member = self.catalog.state.members.get(self.id)
+        return member.name if member else self.events.peer
+
+    def _carry_out(self, request: ServedRequest, args: dict[str, Any]) -> Awaitable[Any]:
+        return self.operations.run(request, args)
+
+    def _members(self) -> dict[str, str]:
+        members = self.catalog.state.members.values()
+        return {member.id: member.name for member in members if member.status == "member"}
+
+    def _turned(self, peer: str, state: Reach) -> None:
+        self.events.emit("peer.turned", name=self.catalog.state.peer_name(peer), state=state)
+
+    # Starting.
+
+    async def open(self) -> None:
+        """Listen, and have a catalog: the one on disk, a new mesh's, or the one joined by `config.join`.
+
+        Raises `OperationError`.
+        """
+        config, state = self.config, self.catalog.state
+        own = state.members.get(self.id)
+        if own and config.name and config.name != own.name:
+            raise OperationError(
+                "conflict",
+                f"{config.directory} belongs to the peer {own.name}, not {config.name}",
+                f"start it with --name {own.name}, or give another --dir",
+            )
+        token = tokens.decode(config.join) if config.join and not state.mesh else None
+        self._tcp = _listen(config.listen, own.address if own else None)
+        port = self._tcp.socket.getsockname()[1]
+        self.address = config.advertise or _outward(config.listen[0], port, token)
+        self.events.peer = own.name if own else config.name or _host_name()
+        if not state.mesh:
+            await self._first_catalog()
+
+    async def _first_catalog(self) -> None:
+        config = self.config
+        if config.join:
+            await self._join(config.join)
+            return
+        member = entries.Member(
+            id=self.id,
+            name=self.events.peer,
+            site=config.site,
+            address=self.address,
+            certificate=self.identity.certificate,
+            facts=_facts(),
+        )
+        self.catalog.found(joining.new_mesh_id(), member)
+        self.events.emit("mesh.founded", mesh=self.catalog.state.mesh)
+
+    async def _join(self, token: str) -> None:
+        """Be let in, and keep what is needed to fetch the catalog; the peer must then be made anew."""
+        answer = await joining.join(self.identity, token, self.events.peer, self.config.site, self.address)
+        joining.write_bootstrap(self.config.path(BOOTSTRAP), answer)
+        self.events.emit("mesh.joined", mesh=answer["mesh"])
+        self.outcome = Outcome.REPLACED
+
+    # Running.
+
+    async def run(self, ready: Callable[[], None] = lambda: None) -> Outcome:
+        """Everything, until told to stop. `ready` is called once both sockets answer."""
+        if self.outcome is Outcome.REPLACED:
+            return self.outcome
+        assert self._tcp is not None
+        unix = open_unix(self.config.socket)
+        server = Server(
+            self.identity,
+            lambda: self.catalog.state,
+            self.catalog.changed,
+            self._carry_out,
+            self.links.incoming_bulk,
+        )
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.links.run)
+                await nursery.start(self.catalog.run)
+                await self._compose(nursery)
+                nursery.start_soon(server.serve, self._tcp, unix)
+                nursery.start_soon(self._keep_membership)
+                self.events.emit("peer.started", version=version())
+                ready()
+        self.config.socket.unlink(missing_ok=True)
+        return self.outcome
+
+    async def _compose(self, nursery: trio.Nursery) -> None:
+        """Make the parts that work for guests, and start them."""
+        self.helpers = Helpers(nursery, _helper_binary())
+        self.images = Images(self.config.cache, self.catalog, self.links, self.id)
+        self.operations.add(self.images)
+
+    async def _keep_membership(self) -> None:
+        """Tell the mesh where this peer is and what its host has; end when it is no member any more."""
+        state = await self.catalog.wait(lambda state: state.index > 0 and self.id in state.members)
+        own = state.members[self.id]
+        self.events.peer = own.name
+        facts = _facts()
+        site = self.config.site or own.site
+        if own.status == "member" and (own.address, own.site, own.facts) != (self.address, site, facts):
+            update = entries.UpdatePeer(peer=self.id, address=self.address, site=site, facts=facts)
+            await self._tell(update)
+        self.config.path(BOOTSTRAP).unlink(missing_ok=True)
+        await self.catalog.wait(lambda state: state.members[self.id].status == "left")
+        if self.outcome is not Outcome.LEFT:
+            self.outcome = Outcome.EVICTED
+            self.events.emit("peer.evicted")
+        await self._end_guests()
+        self._scope.cancel()
+
+    async def _tell(self, entry: entries.Entry) -> None:
+        while True:
+            try:
+                await self.catalog.propose(entry, timeout=ADVERTISE_TIMEOUT)
+                return
+            except OperationError as error:
+                log.warning("peer.not.told", reason=error.message)
+                if error.code != "no-leader":
+                    return
+
+    def end(self) -> None:
+        """End the peer; its guests go on."""
+        self._scope.cancel()
+
+    async def close(self) -> None:
+        """Put everything away, after `run`."""
+        if self._tcp is not None:
+            await self._tcp.aclose()
+        self.catalog.close()
+        self.events.close()
+
+    async def _end_guests(self) -> None:
+        with trio.move_on_after(SHUTDOWN_TIMEOUT):
+            for shutdown in reversed(self._shutdown):
+                await shutdown()
+
+    # Operations about the peer itself.
+
+    def _facts_now(self) -> dict[str, Any]:
+        return {"memory_free": host.memory_available()}
+
+    @operation("status", role="viewer")
+    async def status(self, _request: Request, _args: api.Nothing) -> dict[str, Any]:
+        """This peer at a glance; `guests` are its own, `peers` the members of the mesh."""
+        state = self.catalog.state
+        return {
+            "peer": self.id,
+            "name": self.name,
+            "mesh": state.mesh,
+            "address": self.address,
+            "version": version(),
+            "uptime": time.time() - self.started,
+            "guests": len(state.guests_of(self.id)),
+            "leader": state.peer_name(state.coordinator),
+            "peers": len(self._members()),
+            "commit_index": state.index,
+        }
+
+    @operation("stop", role="admin", args=api.Stop, timeout=2 * SHUTDOWN_TIMEOUT)
+    async def stop(self, _request: Request, args: api.Stop) -> dict[str, Any]:
+        """End this peer, its guests first."""
+        if args.guests:
+            await self._end_guests()
+        self.events.emit("peer.stopped")
+        # The answer leaves before the connections end.
+        self._scope.deadline = trio.current_time() + 0.2
+        return {"name": self.name}
+
+    @operation("peer.leave", role="admin")
+    async def leave(self, _request: Request, _args: api.Nothing) -> dict[str, Any]:
+        """Leave the mesh, without guests; the peer then ends."""
+        self.outcome = Outcome.LEFT
+        try:
+            await self.catalog.propose(entries.RemovePeer(peer=self.id))
+        except OperationError:
+            self.outcome = Outcome.STOPPED
+            raise
+        return {"name": self.name}
+
+    @operation("peer.join", role="admin", args=api.PeerJoin)
+    async def join(self, _request: Request, args: api.PeerJoin) -> dict[str, Any]:
+        """Join another mesh; this peer must be alone, with nothing in its catalog that would be lost."""
+        state = self.catalog.state
+        token = tokens.decode(args.token, time.time())
+        if token.mesh == state.mesh:
+            raise OperationError("exists", f"{self.name} is a member of that mesh already")
+        if len(self._members()) > 1 or state.guests or state.labs:
+            raise OperationError(
+                "conflict",
+                f"{self.name} has a mesh of its own with other peers, labs or guests",
+                "join with a peer that is alone: mobid run --dir NEW --join TOKEN",
+            )
+        await self._join(args.token)
+        old = self.config.path("catalog.log")
+        old.rename(old.with_name("catalog.log.before-join"))
+        self._scope.deadline = trio.current_time() + 0.2
+        return {"name": self.name, "mesh": token.mesh}
+
+
+def load(config: Config, identity: Identity) -> Peer:
+    """The peer of a prepared directory, its catalog read; raises `OperationError`."""
+    path = config.path("catalog.log")
+    return Peer(config, identity, path, joining.read_bootstrap(config.path(BOOTSTRAP)))
+
+
+def version() -> str:
+    """The version of this package."""
+    try:
+        return importlib.metadata.version("mobitopolo")
+    except importlib.metadata.PackageNotFoundError:
+        return "0.1.0"
+
+
+def _helper_binary() -> Path:
+    try:
+        return find_binary()
+    except HelperError as error:
+        # The peer is of use without guests; starting one will name the missing file.
+        log.warning("helper.missing", reason=error.message)
+        return Path("mobi-helper")
+
+
+def _facts() -> entries.Facts:
+    processor = host.processor()
+    return entries.Facts(
+        version=version(),
+        memory=host.memory_total(),
+        cpus=len(os.sched_getaffinity(0)),
+        cpu_features=tuple(sorted(processor.features)),
+        xsave_size=processor.xsave_size,
+    )
+
+
+def _host_name() -> str:
+    return socket.gethostname().partition(".")[0] or "peer"
+
+
+def _listen(wanted: tuple[str, int], known: str | None) -> trio.SocketListener:
+    """With port 0, the port of last time if it is free: the others know that one."""
+    if wanted[1] == 0 and known:
+        try:
+            return open_tcp((wanted[0], int(known.rpartition(":")[2])))
+        except OperationError:
+            return open_tcp(wanted)
+    return open_tcp(wanted)
+
+
+def _outward(host: str, port: int, token: tokens.Token | None) -> str:
+    """The address to tell others; for a wildcard, the one from which this host would reach them."""
+    if host in ("0.0.0.0", "::"):
+        target = token.doors[0][0].rpartition(":")[0] if token and token.doors else "192.0.2.1"
+        family = socket.AF_INET6 if ":" in target else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((target.strip("[]"), 9))
+                host = probe.getsockname()[0]
+            except OSError:
+                host = "127.0.0.1"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 ErrorCode = Literal[
     "not-found",
@@ -84,6 +84,21 @@ NAME_PATTERN = r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$"
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 """A name of a peer, lab, guest, network: no path, no markup, at most 63 characters."""
+
+_NAME = TypeAdapter(Name)
+
+
+def check_name(text: str, what: str) -> str:
+    """`text`, if it can be a name; raises `OperationError(bad-argument)` that says what it was meant for."""
+    try:
+        return _NAME.validate_python(text)
+    except ValidationError:
+        raise OperationError(
+            "bad-argument",
+            f"{what} {text[:80]!r} is no name",
+            "a name has at most 63 letters, digits, dots, hyphens, underscores; a letter or digit first",
+        ) from None
+
 
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 """A name as a person types it; resolved by the peer that answers."""

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mobid`: the command that runs a peer in the foreground, and the one that examines this machine.
+
+    mobid run [--dir D] [--name N] [--site S] [--listen ADDR:PORT] [--found | --join TOKEN]
+    mobid doctor [--json]
+
+SIGTERM and SIGINT end the peer in order and leave its guests running; `mobictl down` ends both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+import trio
+
+from mobid import doctor, logs, peer
+from mobid.config import DEFAULT_PORT, Config, parse_listen, prepare, state_directory
+from mobid.identity import load_or_create
+from mobid.peer import Outcome
+from mobid.tasks import background
+from proto import api, tokens
+from proto.api import OperationError
+
+log = structlog.get_logger()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; exits 0 when all went well, 1 with one sentence on stderr, 2 for wrong usage."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code = _doctor(arguments) if arguments.command == "doctor" else _run(arguments)
+    except OperationError as error:
+        _say(error)
+        code = 1
+    sys.exit(code)
+
+
+def _say(error: OperationError) -> None:
+    hint = f" ({error.hint})" if error.hint else ""
+    sys.stderr.write(f"mobid: {error.message}{hint}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mobid", description="A peer of a Mobitopolo mesh.")
+    parser.add_argument("--version", action="version", version=f"mobid {peer.version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run a peer until it is told to stop")
+    run.add_argument(
+        "--dir", type=Path, default=state_directory() / "peer", help="the peer's own directory (%(default)s)"
+    )
+    run.add_argument("--name", help="its name in the mesh (default: this host's)")
+    run.add_argument("--site", default="", help="the name of the place it is at")
+    run.add_argument(
+        "--listen",
+        default=f"0.0.0.0:{DEFAULT_PORT}",
+        metavar="ADDR:PORT",
+        help="where others reach it; port 0 is any free one (%(default)s)",
+    )
+    run.add_argument("--advertise", metavar="HOST:PORT", help="what to tell others instead")
+    start = run.add_mutually_exclusive_group()
+    start.add_argument("--found", action="store_true", help="found a mesh, if it is in none yet (default)")
+    start.add_argument(
+        "--join",
+        metavar="TOKEN",
+        help="join a mesh; - reads the token from standard input, @FILE from a file",
+    )
+    examine = commands.add_parser("doctor", help="what this machine can do, what is missing, how to mend it")
+    examine.add_argument("--json", action="store_true", help="one JSON document")
+    return parser
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    facts = doctor.examine()
+    if arguments.json:
+        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+    else:
+        for check in facts["checks"]:
+            mark = "ok     " if check["ok"] else "MISSING" if check["needed"] else "without"
+            sys.stdout.write(f"{mark} {check['name']}: {check['detail']}\n")
+            if not check["ok"] and check["mend"]:
+                sys.stdout.write(f"        mend: {check['mend']}\n")
+    return 0 if facts["ok"] else 1
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    for name, value in (("--name", arguments.name), ("--site", arguments.site)):
+        if value:
+            api.check_name(value, name)
+    return Config(
+        directory=arguments.dir.absolute(),
+        name=arguments.name,
+        site=arguments.site,
+        listen=parse_listen(arguments.listen),
+        advertise=arguments.advertise,
+        join=_token(arguments.join),
+    )
+
+
+def _token(argument: str | None) -> str | None:
+    """A token's text, from where the command line says; checked before anything is made."""
+    if argument is None:
+        return None
+    if argument == "-":
+        text = sys.stdin.readline()
+    elif argument.startswith("@"):
+        try:
+            text = Path(argument[1:]).read_text()
+        except OSError as error:
+            raise OperationError("bad-argument", f"{argument[1:]} cannot be read: {error.strerror}") from None
+    else:
+        text = argument
+    tokens.decode(text)
+    return text.strip()
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    os.umask(0o077)
+    lock = prepare(config)
+    try:
+        logs.configure(config.path("mobid.log"))
+        outcome = trio.run(_serve, config)
+    finally:
+        lock.release()
+    if outcome is Outcome.EVICTED:
+        raise OperationError(
+            "forbidden",
+            "this peer was evicted from its mesh",
+            "join again with a new token and an empty --dir",
+        )
+    return 0
+
+
+async def _serve(config: Config) -> Outcome:
+    """Run the peer, and run it again whenever it has joined another mesh."""
+    identity = load_or_create(config.path("identity.pem"))
+    while True:
+        running = peer.load(config, identity)
+        try:
+            await running.open()
+            outcome = await _run_until_signal(running)
+        finally:
+            await running.close()
+        if outcome is not Outcome.REPLACED:
+            return outcome
+        config = replace(config, join=None)
+
+
+async def _run_until_signal(running: peer.Peer) -> Outcome:
+    async def end_on_signal() -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for _ in signals:
+                running.end()
+
+    async with background(end_on_signal):
+        return await running.run(lambda: _announce(running))
+
+
+def _announce(running: peer.Peer) -> None:
+    log.info("peer.ready", name=running.name, address=running.address)
+    sys.stdout.write(f"{running.name} is ready: {running.address} unix:{running.config.socket}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
