@@ -139,7 +139,8 @@ class Catalog:
         if self._records:
             raise ValueError("the catalog is not empty")
         self._state = State()
-        record = self._made(self._state, entries.Proposal(entry=entries.Found(mesh=mesh, member=member)))
+        first = entries.Proposal(entry=entries.Found(mesh=mesh, member=member), time=self._clock())
+        record = self._made(self._state, first)
         self._file.append([record])
         self._take(record)
 

@@ -44,6 +44,7 @@ from proto.state import State
 BOOTSTRAP = "mesh.json"
 ADVERTISE_TIMEOUT = 15.0
 SHUTDOWN_TIMEOUT = 60.0
+FAREWELL = 0.3
 
 log = structlog.get_logger()
 
@@ -195,7 +196,7 @@ class Peer:
             self.outcome = Outcome.EVICTED
             self.events.emit("peer.evicted")
         await self._end_guests()
-        self._scope.cancel()
+        self._end_soon()
 
     async def _tell(self, entry: entries.Entry) -> None:
         while True:
@@ -210,6 +211,10 @@ class Peer:
     def end(self) -> None:
         """End the peer; its guests go on."""
         self._scope.cancel()
+
+    def _end_soon(self) -> None:
+        """End once the answer to whoever asked for it has left."""
+        self._scope.deadline = trio.current_time() + FAREWELL
 
     async def close(self) -> None:
         """Put everything away, after `run`."""
@@ -251,8 +256,7 @@ class Peer:
         if args.guests:
             await self._end_guests()
         self.events.emit("peer.stopped")
-        # The answer leaves before the connections end.
-        self._scope.deadline = trio.current_time() + 0.2
+        self._end_soon()
         return {"name": self.name}
 
     @operation("peer.leave", role="admin")
@@ -282,7 +286,7 @@ class Peer:
         await self._join(args.token)
         old = self.config.path("catalog.log")
         old.rename(old.with_name("catalog.log.before-join"))
-        self._scope.deadline = trio.current_time() + 0.2
+        self._end_soon()
         return {"name": self.name, "mesh": token.mesh}
 
 
