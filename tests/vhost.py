@@ -97,7 +97,8 @@ class Queue:
         """Puts a chain's head into the available ring and, if asked to, tells the device."""
         index = self.avail_index
         struct.pack_into("<H", self.vm.memory, self.avail + 4 + 2 * (index % self.size), head)
-        struct.pack_into("<H", self.vm.memory, self.avail + 2, (index + 1) & 0xFFFF)
+        # Not by pack_into(), which clears first: the device would see the index jump to 0 and back.
+        self.vm.memory[self.avail + 2 : self.avail + 4] = ((index + 1) & 0xFFFF).to_bytes(2, "little")
         if kick:
             os.eventfd_write(self.kick, 1)
 
