@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of the switch stand on: guests' network drivers, switch processes, and a path between them.
 
-`NetDriver` plays a guest on a vhost-user port, `SwitchProcess` is a real `mobi-helper switch`, `tie` gives two of them
-each other's keys, `Outsider` is a peer in Python that can seal whatever it likes, and `Path` is a UDP relay with a
-delay, for paths that are slower than loopback.
+`NetDriver` plays a guest on a vhost-user port, `SwitchProcess` is a real `mobi-helper switch`, `tie` gives
+two of them each other's keys, `Outsider` is a peer in Python that can seal whatever it likes, and `Path` is a
+UDP relay with a delay, for paths that are slower than loopback.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ class NetDriver:
 class SwitchProcess(HelperProcess):
     """A switch of the peer with this number, listening on loopback."""
 
-    def __init__(self, binary: FilePath, directory: FilePath, number: int, address: str = "127.0.0.1") -> None:
+    def __init__(
+        self, binary: FilePath, directory: FilePath, number: int, address: str = "127.0.0.1"
+    ) -> None:
         super().__init__(binary, "switch", control=directory / f"s{number}")
         self.number = number
         self.directory = directory
@@ -154,12 +156,16 @@ class SwitchProcess(HelperProcess):
         self, port: int, address: bytes, *, epoch: int = 1, state: str = "running", network: int = NETWORK
     ) -> FilePath:
         path = self.directory / f"v{self.number}-{port}"
-        arguments = {"network": network, "mac": address, "socket": str(path), "mtu": 1500}
+        arguments: dict[str, Any] = {"network": network, "mac": address, "socket": str(path), "mtu": 1500}
         self.call("port_add", port=port, epoch=epoch, state=state, **arguments)
         return path
 
     def guest(self, port: int, address: bytes, **options: Any) -> NetDriver:
         return NetDriver(self.add_port(port, address), address, **options)
+
+    def expect(self, port: int, epoch: int, source: int) -> None:
+        arguments: dict[str, Any] = {"port": port, "epoch": epoch, "from": source}
+        self.call("expect", **arguments)
 
     def mac_set(self, address: bytes, peer: int, epoch: int = 1) -> None:
         self.call("mac_set", network=NETWORK, mac=address, peer=peer, epoch=epoch)
@@ -183,7 +189,12 @@ class SwitchProcess(HelperProcess):
         wait_for(lambda: accept(self.peer_counters(peer)), timeout, lambda: self.peer_counters(peer))
 
 
-def wait_for(condition: Callable[[], bool], timeout: float = 10.0, state: Callable[[], Any] = lambda: "") -> None:
+MakeSwitch = Callable[..., SwitchProcess]
+
+
+def wait_for(
+    condition: Callable[[], bool], timeout: float = 10.0, state: Callable[[], Any] = lambda: ""
+) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -192,7 +203,7 @@ def wait_for(condition: Callable[[], bool], timeout: float = 10.0, state: Callab
 
 
 def rekey(receiver: SwitchProcess, sender: SwitchProcess, mtu: int = 1500, port: int | None = None) -> bytes:
-    """A new key for frames from `sender` to `receiver`, in the order of the product: first where it is accepted."""
+    """A new key for frames from `sender` to `receiver`; first where it is accepted, as mobid does it."""
     key, key_id = secrets.token_bytes(32), secrets.randbits(32)
     receiver.call("peer_receive_key", peer=sender.number, key_id=key_id, key=key)
     sender.call(
@@ -261,7 +272,9 @@ class Outsider:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def seal(self, plain: bytes, kind: int = DATA, network: int = NETWORK, counter: int | None = None) -> bytes:
+    def seal(
+        self, plain: bytes, kind: int = DATA, network: int = NETWORK, counter: int | None = None
+    ) -> bytes:
         """`plain` is meta and what follows it."""
         if counter is None:
             self.counter += 1

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames through real switches: unicast, broadcast, learning, refusals, checksums, fragments, rekey, lease."""
+"""Frames through real switches: unicast, broadcast, learning, refusals, checksums, fragments, keys."""
 
 from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +15,7 @@ from tests.switch_rig import (
     BROADCAST,
     ETHERTYPE,
     NETWORK,
+    MakeSwitch,
     NetDriver,
     SwitchProcess,
     mac,
@@ -27,21 +27,6 @@ from tests.switch_rig import (
 )
 
 A, B, C = mac(1), mac(2), mac(3)
-MakeSwitch = Callable[..., SwitchProcess]
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as held:
-        yield held
-
-
-@pytest.fixture
-def make(helper_binary: Path, socket_dir: Path, stack: ExitStack) -> MakeSwitch:
-    def switch(number: int, address: str = "127.0.0.1") -> SwitchProcess:
-        return stack.enter_context(SwitchProcess(helper_binary, socket_dir, number, address))
-
-    return switch
 
 
 def pair(make: MakeSwitch, stack: ExitStack, mtu: int = 1500) -> tuple[SwitchProcess, ...]:
@@ -183,7 +168,7 @@ def test_malformed_frames_of_a_guest_are_counted(make: MakeSwitch, stack: ExitSt
 
 
 def internet_sum(data: bytes) -> int:
-    total = sum(struct.unpack(f">{len(data) // 2}H", data[: len(data) // 2 * 2]))
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data[: len(data) // 2 * 2]))
     total += data[-1] << 8 if len(data) % 2 else 0
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
@@ -260,7 +245,7 @@ def test_an_old_key_ends(make: MakeSwitch, stack: ExitStack) -> None:
     a, b = guests(one, two, stack)
     key, key_id = b"k" * 32, 4242
     two.call("peer_receive_key", peer=1, key_id=key_id, key=key)
-    target = {"peer": 2, "identity": two.identity, "address": "127.0.0.1", "port": two.port}
+    target: dict[str, Any] = {"peer": 2, "identity": two.identity, "address": "127.0.0.1", "port": two.port}
     one.call("peer_set", **target, key_id=key_id, key=key)
     a.send(numbered(B, A, 1))
     b.receive()
@@ -322,9 +307,12 @@ def test_a_slow_guest_gets_its_frames_later(make: MakeSwitch, stack: ExitStack) 
 def test_wrong_requests(make: MakeSwitch) -> None:
     switch = make(1)
     switch.network()
-    wrong = [
+    wrong: list[tuple[str, dict[str, Any]]] = [
         ("peer_set", {"peer": 0, "identity": 1, "address": "::1", "port": 1, "key_id": 1, "key": b"k" * 32}),
-        ("peer_set", {"peer": 1, "identity": 1, "address": "nowhere", "port": 1, "key_id": 1, "key": b"k" * 32}),
+        (
+            "peer_set",
+            {"peer": 1, "identity": 1, "address": "here", "port": 1, "key_id": 1, "key": b"k" * 32},
+        ),
         ("peer_set", {"peer": 1, "identity": 1, "address": "::1", "port": 1, "key_id": 1, "key": b"short"}),
         ("network_set", {"network": 1 << 24, "peers": []}),
         ("network_set", {"network": 1, "peers": [5]}),
@@ -340,7 +328,8 @@ def test_wrong_requests(make: MakeSwitch) -> None:
         with pytest.raises(HelperFailure):
             switch.call(op, **arguments)
     switch.add_port(3, A)
-    for arguments in ({"port": 3, "loss_ppm": 2_000_000}, {"port": 3, "colour": 1}):
+    refused: list[dict[str, Any]] = [{"port": 3, "loss_ppm": 2_000_000}, {"port": 3, "colour": 1}]
+    for arguments in refused:
         with pytest.raises(HelperFailure):
             switch.call("impair", **arguments)
     with pytest.raises(HelperFailure, match="there already"):

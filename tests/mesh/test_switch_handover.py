@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest's port moves between switches while others send to it: nothing is lost, doubled or reordered.
 
-Every sender numbers its frames, and every fifth goes to all. The moving guest must see each sender's numbers complete
-and in order, whatever the delays of the paths, with senders at the old place, the new place and a third one.
+Every sender numbers its frames, and every fifth goes to all. The moving guest must see each sender's numbers
+complete and in order, whatever the delays of the paths, with senders at the old place, the new place and a
+third one.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class Field:
             switch.mac_next(GUEST, peer=0 if switch.number == to else to, epoch=epoch)
         target = self.switches[to - 1]
         path = target.add_port(PORT, GUEST, epoch=epoch, state="incoming")
-        target.call("expect", port=PORT, epoch=epoch, **{"from": source})
+        target.expect(PORT, epoch, source)
         return path
 
     def freeze(self, source: int) -> None:
@@ -139,7 +140,9 @@ class Field:
         self.guest.freeze()
         self.receiver.take(self.guest)
 
-    def resume(self, path: FilePath, to: int, epoch: int, source: int, *, announce_first: bool = False) -> None:
+    def resume(
+        self, path: FilePath, to: int, epoch: int, source: int, *, announce_first: bool = False
+    ) -> None:
         old, new = self.switches[source - 1], self.switches[to - 1]
         self.guest.close()
         redirect: Callable[[], object] = lambda: old.call("redirect", port=PORT, peer=to, epoch=epoch)  # noqa: E731
@@ -246,7 +249,7 @@ def test_lost_markers_cost_a_wait_only(field: Field) -> None:
     x_sender.ending.set()
     x_sender.join(10)
 
-    # What X sends to all may be doubled here, since S goes on redirecting it; what is for the guest alone is not.
+    # What X sends to all may be doubled here, since S goes on redirecting it; what is for the guest is not.
     def of_x() -> list[int]:
         field.receiver.take(field.guest)
         return [n for n in field.receiver.seen[mac(1)] if n % 5 != 4]
@@ -309,7 +312,7 @@ def test_the_old_place_is_fenced_after_the_redirect(field: Field) -> None:
     field.guest.send(numbered(mac(1), GUEST, 1))
     field.switches[1].wait_port(PORT, lambda p: p["tx_fenced"] == 1)
     for op in ("unhold", "announce"):
-        with pytest.raises(HelperFailure, match="redirected|elsewhere"):
+        with pytest.raises(HelperFailure, match=r"redirected|elsewhere"):
             field.switches[1].call(op, port=PORT)
     for sender in field.senders:
         sender.ending.set()
