@@ -481,8 +481,8 @@ static const char *handle_order(struct vhost_user *server)
 static const char *handle(struct vhost_user *server)
 {
 	const uint32_t request = server->message.header.request;
-	const bool acknowledge =
-		(server->message.header.flags & FLAG_NEED_REPLY) && (server->protocol_features & PROTOCOL_F_REPLY_ACK);
+	/* Whoever sets the flag waits: virtio_uml does already on the request that negotiates REPLY_ACK. */
+	const bool acknowledge = server->message.header.flags & FLAG_NEED_REPLY;
 	bool answered;
 	const char *fault = handle_question(server, &answered);
 
