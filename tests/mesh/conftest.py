@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.mesh.peers import mesh
 from tests.switch_rig import MakeSwitch, SwitchProcess
+
+__all__ = ["mesh"]
 
 
 @pytest.fixture
