@@ -106,6 +106,7 @@ class Links:
         self._links: dict[str, _Link] = {}
         self._answers: dict[str, dict[str, Any]] = {}
         self._nursery: trio.Nursery | None = None
+        self._running = trio.Event()
         self._liveness = sight.Liveness()
         self.incoming_bulk = Bulk()
 
@@ -113,6 +114,7 @@ class Links:
         """Own the connections and ping the members, for ever."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            self._running.set()
             task_status.started()
             try:
                 while True:
@@ -234,6 +236,7 @@ class Links:
     async def _client(self, peer: str) -> rpc.Client:
         """The shared connection, made if need be; waits for the pause after a failure."""
         member = self._member(peer)
+        await self._running.wait()
         link = self._links.setdefault(peer, _Link())
         async with link.lock:
             if link.client is not None and not link.client.closed:

@@ -65,14 +65,13 @@ def open_tcp(address: tuple[str, int]) -> trio.SocketListener:
     """Listen on (address, port); raises `OperationError` if that cannot be."""
     host, port = address
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        plain = socket.socket(fileno=sock.detach())
-        plain.bind((host, port))
-        plain.listen(128)
+        sock.bind((host, port))
+        sock.listen(128)
     except OSError as error:
-        plain.close()
+        sock.close()
         if error.errno == errno.EADDRINUSE:
             raise OperationError(
                 "exists",
@@ -82,7 +81,7 @@ def open_tcp(address: tuple[str, int]) -> trio.SocketListener:
         raise OperationError(
             "failed", f"cannot listen on {host}:{port}: {error}", "give an address of this host with --listen"
         ) from None
-    return trio.SocketListener(trio.socket.from_stdlib_socket(plain))
+    return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
 
 def open_unix(path: Path) -> trio.SocketListener:

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was acknowledged stays: peers are killed at any moment, their logs torn and damaged."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import trio
+
+from mobid import rpc
+from proto import log
+from proto.api import OperationError
+from tests.mesh.peers import Mesh, PeerProcess
+
+ROUNDS = 6
+WRITERS = 4
+
+
+async def write_until_killed(peer: PeerProcess, acknowledged: list[str], delay: float) -> None:
+    """Make tokens as fast as they are answered; kill the peer in the midst of it."""
+
+    async def write(client: rpc.Client) -> None:
+        while True:
+            acknowledged.append((await client.call("peer.token.new"))["id"])
+
+    async def write_until_lost() -> None:
+        async with peer.client() as client:
+            with pytest.raises(OperationError, match="the connection to tokyo was lost"):
+                await write(client)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(WRITERS):
+            nursery.start_soon(write_until_lost)
+        await trio.sleep(delay)
+        peer.kill()
+
+
+async def tokens_of(peer: PeerProcess) -> list[str]:
+    return [row["id"] for row in await peer.ask("peer.token.ls")]
+
+
+def log_of(peer: PeerProcess) -> list[log.Record]:
+    path = peer.directory / "catalog.log"
+    return log.scan(path.read_bytes(), str(path)).records
+
+
+async def test_nothing_acknowledged_is_lost_by_kill_9(mesh: Mesh) -> None:
+    (tokyo,) = await mesh.start("tokyo")
+    acknowledged: list[str] = []
+    dice = random.Random(1)
+    for _ in range(ROUNDS):
+        before = len(acknowledged)
+        await write_until_killed(tokyo, acknowledged, dice.uniform(0.05, 0.4))
+        assert len(acknowledged) > before
+        await tokyo.start()
+        found = await tokens_of(tokyo)
+        assert set(acknowledged) <= set(found)
+        # At most the requests that were under way are there without their answer having arrived.
+        assert len(found) <= len(acknowledged) + WRITERS * ROUNDS
+    assert [record.index for record in log_of(tokyo)] == list(range(1, len(log_of(tokyo)) + 1))
+
+
+async def test_a_follower_s_proposals_survive_the_coordinator_s_death_once_each(mesh: Mesh) -> None:
+    tokyo, virginia = await mesh.start("tokyo", "virginia")
+    acknowledged = await tokens_of(tokyo)
+    dice = random.Random(2)
+    done = False
+
+    async def writer() -> None:
+        async with virginia.client() as client:
+            while not done:
+                # Sent again by the follower until the coordinator is back.
+                acknowledged.append((await client.call("peer.token.new", timeout=30.0))["id"])
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(WRITERS):
+            nursery.start_soon(writer)
+        for _ in range(3):
+            await trio.sleep(dice.uniform(0.1, 0.4))
+            tokyo.kill()
+            await tokyo.start()
+        await trio.sleep(0.2)
+        done = True
+    found = await tokens_of(tokyo)
+    assert sorted(found) == sorted(acknowledged)
+    assert len(acknowledged) > WRITERS
+
+
+async def test_a_follower_catches_up_after_any_death(mesh: Mesh) -> None:
+    tokyo, virginia = await mesh.start("tokyo", "virginia")
+    dice = random.Random(3)
+    for _ in range(3):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(make_tokens, tokyo, 60)
+            await trio.sleep(dice.uniform(0.01, 0.3))
+            virginia.kill()
+        await virginia.start()
+    index = (await tokyo.ask("status"))["commit_index"]
+    await virginia.until("status", lambda status: status["commit_index"] >= index)
+    assert await tokens_of(virginia) == await tokens_of(tokyo)
+    assert log_of(virginia) == log_of(tokyo)
+
+
+async def make_tokens(peer: PeerProcess, count: int) -> None:
+    async with peer.client() as client:
+        for _ in range(count):
+            await client.call("peer.token.new")
+
+
+async def test_a_follower_alone_still_answers_from_what_it_knows(mesh: Mesh) -> None:
+    tokyo, virginia = await mesh.start("tokyo", "virginia")
+    await make_tokens(tokyo, 3)
+    index = (await tokyo.ask("status"))["commit_index"]
+    await virginia.until("status", lambda status: status["commit_index"] >= index)
+    tokyo.kill()
+    assert await virginia.end() == 0
+    await virginia.start()
+    assert len(await tokens_of(virginia)) == len(await virginia.ask("peer.token.ls")) == 4
+    await virginia.until("leader", lambda leader: leader["leader"] is None)
+    with pytest.raises(OperationError) as caught:
+        await virginia.ask("peer.token.new")
+    assert caught.value.code == "no-leader"
+    assert caught.value.hint
+
+
+async def test_a_torn_tail_is_cut_and_damage_is_refused_with_its_place(mesh: Mesh) -> None:
+    (tokyo,) = await mesh.start("tokyo")
+    await make_tokens(tokyo, 3)
+    tokyo.kill()
+    path = tokyo.directory / "catalog.log"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[-100:-7])
+    await tokyo.start()
+    assert len(await tokens_of(tokyo)) == 3
+    assert "catalog.torn" in tokyo.log()
+    assert await tokyo.end() == 0
+    assert path.read_bytes() == whole
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    path.write_bytes(damaged)
+    said = tokyo.fails()
+    assert f"{path} is damaged at byte" in said
+    assert path.read_bytes() == damaged
