@@ -191,11 +191,8 @@ class Images:
         named = os.environ.get("MOBI_KERNEL")
         candidates = [Path(named)] if named else self._kernels()
         if not candidates or not os.access(candidates[0], os.X_OK):
-            where = (
-                f"{named} (MOBI_KERNEL) is no executable"
-                if named
-                else f"none in {self._directory('kernels')}"
-            )
+            missing = f"none in {self._directory('kernel')}"
+            where = f"{named} (MOBI_KERNEL) is no executable" if named else missing
             raise OperationError("not-found", f"there is no guest kernel: {where}", "make setup builds it")
         return Kernel(candidates[0], await trio.to_thread.run_sync(_hash_once, candidates[0]))
 

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All guests that live at this peer, and the loops that make them what the catalog wants.
+
+Each guest has a *keeper*, one task that compares wanted with actual (`proto.reconcile`), takes one step,
+reports what came of it to the catalog, and waits until something changed. No command acts on a guest
+directly: `vm stop` changes what is wanted, and the keeper sees it. So a command, a crash and a restarted peer
+all take the same path, and never two tasks work on one guest. A migration takes a guest out of its keeper's
+hands with `hold`.
+
+Before a guest is started its owner reports `starting` to the catalog, which refuses that of anybody who has
+not the right to run it; a peer that was away and missed a move therefore cannot start a second copy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+
+import structlog
+import trio
+
+from mobid import host
+from mobid.catalog import Catalog
+from mobid.config import Config
+from mobid.events import Events
+from mobid.guest import LocalGuest, Ports, Surroundings
+from mobid.guest_keeper import Keeper, record_of
+from mobid.guest_record import Record
+from mobid.helpers import Helpers
+from mobid.images import Images
+from proto import entries
+from proto.api import OperationError
+from proto.reconcile import missing_features
+from proto.state import State
+from proto.units import format_size
+
+logger = structlog.get_logger(__name__)
+
+END_TIMEOUT = 60.0
+KEEPER_PAUSE = 3.0
+
+
+class Guests:
+    """The guests of this peer. `me` is its id."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        me: str,
+        catalog: Catalog,
+        events: Events,
+        helpers: Helpers,
+        images: Images,
+        ports: Ports,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.me = me
+        self.catalog = catalog
+        self.events = events
+        self.images = images
+        self.around = Surroundings(helpers, ports, config.guests, config.runtime)
+        self.processor = host.processor()
+        self.clock = clock
+        self._keepers: dict[str, Keeper] = {}
+        self._nursery: trio.Nursery | None = None
+        self._admission = trio.Lock()
+
+    async def run(self) -> None:
+        """Take back the guests that are here, and look after all until the task is cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await self._adopt_all()
+            state = self.catalog.state
+            self._look(state, State())
+            async for _, _, new in self.catalog.changes(after=state.index):
+                self._look(new, state)
+                state = new
+
+    async def close(self) -> None:
+        """Let go of the guests; they go on, and the next peer in this directory takes them back."""
+        for keeper in self._keepers.values():
+            if keeper.local is not None and keeper.local.shim is not None:
+                keeper.local.shim.forget()
+
+    async def end_all(self) -> None:
+        """End all guests in order, because the peer ends; the next peer in its place starts them again."""
+        with trio.move_on_after(END_TIMEOUT):
+            async with trio.open_nursery() as nursery:
+                for keeper in list(self._keepers.values()):
+                    nursery.start_soon(keeper.shut_down)
+
+    # Looking up.
+
+    def local(self, key: str) -> LocalGuest:
+        """The guest LAB/NAME that lives here. Raises `OperationError(not-found)`."""
+        for keeper in self._keepers.values():
+            if keeper.local is not None and keeper.local.record.key == key:
+                return keeper.local
+        raise OperationError("not-found", f"{key} does not run at this peer")
+
+    def keeper(self, key: str) -> Keeper | None:
+        """The keeper of the guest LAB/NAME, if it lives here."""
+        guest = self.catalog.state.guests.get(key)
+        return self._keepers.get(guest.id) if guest is not None else None
+
+    def has(self, id: str) -> bool:
+        """Whether anything of the guest with this id is here."""
+        return id in self._keepers
+
+    def held(self) -> list[LocalGuest]:
+        """The guests that a migration had its hand on, also one of an earlier peer process."""
+        return [keeper.local for keeper in self._keepers.values() if keeper.held and keeper.local]
+
+    async def memory_free(self) -> int:
+        """Bytes that further guests may have: what the host has, less what guests may still ask for."""
+        promised = 0
+        for keeper in list(self._keepers.values()):
+            if keeper.local is not None:
+                promised += await keeper.local.untouched()
+        return max(0, host.memory_available() - promised)
+
+    # What keepers ask for.
+
+    def watch(self, local: LocalGuest) -> None:
+        """Run the local guest's task."""
+        if self._nursery is None:
+            raise RuntimeError("guests are watched only while Guests.run lasts")
+        self._nursery.start_soon(self._watch, local)
+
+    async def _watch(self, local: LocalGuest) -> None:
+        # One guest's trouble must not end the others, here and in _keep.
+        try:
+            await local.run()
+        except Exception as error:
+            logger.exception("guest cannot be watched any more", guest=local.record.key)
+            local.trouble = f"internal error: {error}"
+
+    async def admit(self, guest: entries.Guest, start: Callable[[], Awaitable[None]]) -> None:
+        """Start a guest if there is memory for it; one at a time, so that no two count on the same bytes."""
+        async with self._admission:
+            free = await self.memory_free()
+            if guest.memory > free:
+                here = self.catalog.state.peer_name(self.me)
+                raise OperationError(
+                    "no-room",
+                    f"{guest.key} wants {format_size(guest.memory)} of memory; "
+                    f"{here} has {format_size(free)} free",
+                    "give it less memory, place it elsewhere, or stop another guest",
+                )
+            await start()
+
+    # For migrations.
+
+    async def hold(self, key: str, migration: str) -> LocalGuest:
+        """Take a running guest out of its keeper's hands, durably. Raises `OperationError(conflict)`."""
+        keeper = self.keeper(key)
+        if keeper is None or keeper.local is None:
+            raise OperationError("not-found", f"{key} does not run at this peer")
+        async with keeper.busy:
+            local = keeper.local
+            if local is None or local.phase != "running" or local.record.stage != "ready":
+                raise OperationError("conflict", f"{key} does not run at this peer")
+            if local.record.migration not in ("", migration):
+                raise OperationError("conflict", f"{key} is being moved already")
+            local.save(migration=migration)
+            return local
+
+    async def unhold(self, local: LocalGuest) -> None:
+        """Give a guest back to its keeper: it stays here, as it is now."""
+        await local.look()
+        local.save(migration="")
+        self._wake(local.record.id)
+
+    async def prepare_incoming(self, guest: entries.Guest, migration: str, kernel: str) -> LocalGuest:
+        """Make everything for a guest that comes here: files, disks with empty overlays, ports, a shim that
+        waits.
+
+        `guest` is as the catalog knows it, `kernel` the hash of the source's kernel. Raises `OperationError`
+        and leaves nothing. `disks[n].share()` and the shim's `memory` are what `pages` fills.
+        """
+        if guest.id in self._keepers:
+            raise OperationError("conflict", f"something of {guest.key} is at this peer already")
+        lacking = missing_features(frozenset(guest.cpu_features), guest.xsave_size, self.processor)
+        if lacking:
+            raise OperationError(
+                "unsupported",
+                f"{guest.key} uses what the processors of {self.catalog.state.peer_name(self.me)} lack: "
+                + ", ".join(lacking[:8]),
+                "move it to a peer whose processors have all of that",
+            )
+        image = await self.images.ensure(guest.image, guest.image_hash)
+        material = await self.images.ensure_kernel(kernel)
+        keeper = Keeper(self, guest.id, None)
+        record = record_of(self.around, guest, image, material)
+        local = LocalGuest(self.around, record, keeper.wake)
+        try:
+            local.save(migration=migration, epoch=guest.epoch + 1)
+            await self.admit(guest, lambda: local.start(guest, image, material, incoming=True))
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await local.remove_ports()
+                local.remove_files()
+            raise
+        keeper.local = local
+        self._begin(keeper)
+        self.watch(local)
+        return local
+
+    async def adopt_incoming(self, local: LocalGuest) -> None:
+        """The guest runs here now and the catalog says so: it is an ordinary guest of this peer."""
+        await local.look()
+        local.save(migration="", stage="ready", started=self.clock())
+        self._wake(local.record.id)
+
+    async def release_outgoing(self, local: LocalGuest) -> None:
+        """The guest lives elsewhere for good: end the frozen copy, remove its disks and files."""
+        await self._remove(local)
+
+    async def discard_incoming(self, local: LocalGuest) -> None:
+        """The guest does not come: remove what was prepared."""
+        await self._remove(local)
+
+    async def _remove(self, local: LocalGuest) -> None:
+        keeper = self._keepers.get(local.record.id)
+        if keeper is None:
+            return
+        async with keeper.busy:
+            await local.end(force=True)
+            await local.remove_ports()
+            local.remove_files()
+            keeper.local = None
+        keeper.wake()
+
+    # Its keepers.
+
+    async def _adopt_all(self) -> None:
+        for path in sorted(self.around.directory.glob("*/guest.json")):
+            try:
+                record = Record.load(path.parent)
+            except OperationError as error:
+                logger.error("a guest's directory cannot be used", path=str(path.parent), error=error.message)
+                continue
+            keeper = Keeper(self, record.id, None)
+            keeper.local = LocalGuest(self.around, record, keeper.wake)
+            await keeper.local.adopt()
+            if keeper.local.shim is not None:
+                self.watch(keeper.local)
+                self.events.emit("guest.adopted", guest=record.key, state=keeper.local.phase)
+            self._begin(keeper)
+
+    def _look(self, state: State, before: State) -> None:
+        """Wake the keepers of guests that changed, and make those that are missing."""
+        changed: set[str] = set()
+        for key in state.guests.keys() | before.guests.keys():
+            new, old = state.guests.get(key), before.guests.get(key)
+            if new is old:
+                continue
+            changed |= {guest.id for guest in (new, old) if guest is not None}
+            if new is not None and new.owner == self.me and new.id not in self._keepers:
+                self._begin(Keeper(self, new.id, None))
+        for id in changed:
+            self._wake(id)
+
+    def _wake(self, id: str) -> None:
+        if id in self._keepers:
+            self._keepers[id].wake()
+
+    def _begin(self, keeper: Keeper) -> None:
+        if self._nursery is None:
+            raise RuntimeError("guests are kept only while Guests.run lasts")
+        self._keepers[keeper.id] = keeper
+        self._nursery.start_soon(self._keep, keeper)
+
+    async def _keep(self, keeper: Keeper) -> None:
+        try:
+            while True:
+                try:
+                    await keeper.run()
+                    return
+                except Exception as error:
+                    logger.exception("keeper failed", guest=keeper.id)
+                    self.events.emit("guest.trouble", guest=keeper.id, message=f"internal error: {error}")
+                await trio.sleep(KEEPER_PAUSE)
+        finally:
+            if self._keepers.get(keeper.id) is keeper:
+                del self._keepers[keeper.id]
