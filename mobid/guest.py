@@ -192,6 +192,7 @@ class LocalGuest:
             "guest", arguments, control=self._control, log=self.directory / "shim.log"
         )
         self.phase = "paused" if incoming else "running"
+        await self._get_memory()
 
     @property
     def _control(self) -> Path:
@@ -215,6 +216,8 @@ class LocalGuest:
                 )
             return
         await self._adopt_disks()
+        with contextlib.suppress(HelperError):
+            await self._get_memory()
         await self.look()
 
     async def _adopt_disks(self) -> None:
@@ -461,16 +464,23 @@ class LocalGuest:
 
     # Memory.
 
-    async def untouched(self) -> int:
+    async def _get_memory(self) -> None:
+        """Keep a descriptor of the guest's memory, to see how much of it is used."""
+        if self.shim is None or self._memory_fd >= 0:
+            return
+        _, fds = await self.shim.call("memory")
+        self._memory_fd, *rest = fds
+        for fd in rest:
+            os.close(fd)
+
+    @property
+    def memory_fd(self) -> int:
+        """The guest's memory (a memfd), -1 if it does not run; it stays ours."""
+        return self._memory_fd
+
+    @property
+    def untouched(self) -> int:
         """Bytes of its memory that it has not used yet and may still ask the host for."""
-        if self.shim is None:
-            return 0
         if self._memory_fd < 0:
-            try:
-                _, fds = await self.shim.call("memory")
-            except HelperError:
-                return self.record.memory
-            self._memory_fd, *rest = fds
-            for fd in rest:
-                os.close(fd)
+            return 0
         return max(0, self.record.memory - os.fstat(self._memory_fd).st_blocks * 512)

@@ -28,6 +28,7 @@ from mobid.guest_keeper import Keeper, record_of
 from mobid.guest_record import Record
 from mobid.helpers import Helpers
 from mobid.images import Images
+from mobid.signal import Changed
 from proto import entries
 from proto.api import OperationError
 from proto.reconcile import missing_features
@@ -65,6 +66,7 @@ class Guests:
         self._keepers: dict[str, Keeper] = {}
         self._nursery: trio.Nursery | None = None
         self._admission = trio.Lock()
+        self._departed = Changed()
 
     async def run(self) -> None:
         """Take back the guests that are here, and look after all until the task is cancelled."""
@@ -104,20 +106,17 @@ class Guests:
         guest = self.catalog.state.guests.get(key)
         return self._keepers.get(guest.id) if guest is not None else None
 
-    def has(self, id: str) -> bool:
-        """Whether anything of the guest with this id is here."""
-        return id in self._keepers
+    async def wait_gone(self, id: str) -> None:
+        """Wait until nothing of the guest with this id is here."""
+        await self._departed.wait_until(lambda: id not in self._keepers)
 
     def held(self) -> list[LocalGuest]:
         """The guests that a migration had its hand on, also one of an earlier peer process."""
         return [keeper.local for keeper in self._keepers.values() if keeper.held and keeper.local]
 
-    async def memory_free(self) -> int:
+    def memory_free(self) -> int:
         """Bytes that further guests may have: what the host has, less what guests may still ask for."""
-        promised = 0
-        for keeper in list(self._keepers.values()):
-            if keeper.local is not None:
-                promised += await keeper.local.untouched()
+        promised = sum(keeper.local.untouched for keeper in self._keepers.values() if keeper.local)
         return max(0, host.memory_available() - promised)
 
     # What keepers ask for.
@@ -139,7 +138,7 @@ class Guests:
     async def admit(self, guest: entries.Guest, start: Callable[[], Awaitable[None]]) -> None:
         """Start a guest if there is memory for it; one at a time, so that no two count on the same bytes."""
         async with self._admission:
-            free = await self.memory_free()
+            free = self.memory_free()
             if guest.memory > free:
                 here = self.catalog.state.peer_name(self.me)
                 raise OperationError(
@@ -285,3 +284,4 @@ class Guests:
         finally:
             if self._keepers.get(keeper.id) is keeper:
                 del self._keepers[keeper.id]
+                self._departed.set()

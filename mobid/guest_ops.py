@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations on guests: `vm.…`.
+
+Those that change what a guest shall be write that into the catalog and wait until the guest's keeper has
+reported it; those that talk to a guest (programs, files, console) go through its agent or its shim, at the
+peer where it lives.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import trio
+from pydantic import Field
+
+from mobid.agent import Agent, AgentRefused, AgentTimeout, Session
+from mobid.catalog import Catalog
+from mobid.guests import Guests
+from mobid.images import Images
+from mobid.links import Links
+from mobid.operations import Request, operation
+from mobid.placing import hosts, place_one
+from mobid.tasks import background
+from proto import api, deploy, entries
+from proto.agent import AgentError, FrameType
+from proto.api import Arguments, OperationError
+from proto.lab import DEFAULT_LAB, DEFAULT_MEMORY
+from proto.labfields import MEMORY, PAGE
+from proto.state import State
+from proto.units import format_size
+
+AGENT_TIMEOUT = 20.0
+CHANGE_TIMEOUT = 180.0
+GONE_TIMEOUT = 60.0
+FOLLOW_INTERVAL = 0.25
+LOG_CHUNK = 64 << 10
+CHUNK = 64 << 10
+
+
+class GuestGone(Arguments):
+    """`guest.gone`: wait until this peer has nothing left of these guests (ids)."""
+
+    ids: tuple[str, ...] = Field(max_length=10_000)
+
+
+class GuestOperations:
+    """`vm.…` at this peer."""
+
+    def __init__(
+        self,
+        guests: Guests,
+        catalog: Catalog,
+        images: Images,
+        links: Links,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._guests = guests
+        self._catalog = catalog
+        self._images = images
+        self._links = links
+        self._clock = clock
+
+    # Looking.
+
+    @operation("vm.ls", role="viewer")
+    async def ls(self, _request: Request, _args: api.Nothing) -> list[dict[str, Any]]:
+        """All guests of the mesh, by lab and name."""
+        state = self._catalog.state
+        return [deploy.row(state.guests[key], state, self._clock()) for key in sorted(state.guests)]
+
+    @operation("vm.show", role="viewer", args=api.VmArguments)
+    async def show(self, _request: Request, args: api.VmArguments) -> dict[str, Any]:
+        """One guest, with everything the catalog knows of it."""
+        state = self._catalog.state
+        return deploy.details(state.find_guest(args.vm), state, self._clock())
+
+    # Making and removing.
+
+    @operation("vm.run", role="operator", args=api.VmRun, timeout=None)
+    async def run(self, request: Request, args: api.VmRun) -> dict[str, Any]:
+        """Make one guest of an image and wait until it runs; if that fails nothing of it is left."""
+        image, digest = await self._images.resolve(args.image)
+        state = self._catalog.state
+        memory = _whole_pages(args.memory or DEFAULT_MEMORY)
+        owner = place_one(args.place, memory, await hosts(self._catalog, self._links), state)
+        guest = entries.Guest(
+            key=f"{DEFAULT_LAB}/{args.name or _free_name(state, image)}",
+            id=secrets.token_hex(4),
+            image=image,
+            image_hash=digest,
+            memory=memory,
+            disk=args.disk,
+            cpus=args.cpus,
+            owner=owner,
+        )
+        await self._catalog.propose(entries.AddGuest(guest=guest))
+        try:
+            await request.item({"stage": "starting", "guest": guest.key, "state": "pending"})
+            return self._row(await self._settled(guest.key, ("running",)))
+        except BaseException:
+            with trio.CancelScope(shield=True), trio.move_on_after(GONE_TIMEOUT):
+                await self._remove(guest)
+            raise
+
+    @operation("vm.rm", role="operator", args=api.VmForce, timeout=CHANGE_TIMEOUT)
+    async def rm(self, _request: Request, args: api.VmForce) -> dict[str, Any]:
+        """Remove a guest and its disks; one that runs only with `force`."""
+        guest = self._catalog.state.find_guest(args.vm)
+        if guest.state in ("running", "paused", "migrating", "starting") and not args.force:
+            raise OperationError(
+                "conflict",
+                f"{guest.key} is {guest.state}",
+                f"stop it first, or: mobictl vm rm {guest.key} --force",
+            )
+        await self._remove(guest)
+        return {"vm": guest.name, "lab": guest.lab}
+
+    async def _remove(self, guest: entries.Guest) -> None:
+        await self._catalog.propose(entries.RemoveGuest(guest=guest.key))
+        await wait_gone(self._links, {guest.owner: (guest.id,)})
+
+    @operation("guest.gone", role="peer", args=GuestGone, timeout=GONE_TIMEOUT)
+    async def gone(self, _request: Request, args: GuestGone) -> dict[str, Any]:
+        """Answer when nothing is left here of guests that the catalog does not know any more."""
+        await self._catalog.wait(lambda s: not {g.id for g in s.guests.values()}.intersection(args.ids))
+        for id in args.ids:
+            await self._guests.wait_gone(id)
+        return {}
+
+    # Changing what is wanted.
+
+    @operation("vm.start", role="operator", args=api.VmArguments, route="guest", timeout=CHANGE_TIMEOUT)
+    async def start(self, _request: Request, args: api.VmArguments) -> dict[str, Any]:
+        """Start a guest that was stopped, or that has ended."""
+        return self._row(await self._want(args.vm, "running", ("running",)))
+
+    @operation("vm.stop", role="operator", args=api.VmForce, route="guest", timeout=CHANGE_TIMEOUT)
+    async def stop(self, _request: Request, args: api.VmForce) -> dict[str, Any]:
+        """Ask a guest to power off and kill it if it does not; with `force` kill it at once."""
+        return self._row(await self._stop(args))
+
+    @operation("vm.restart", role="operator", args=api.VmForce, route="guest", timeout=2 * CHANGE_TIMEOUT)
+    async def restart(self, _request: Request, args: api.VmForce) -> dict[str, Any]:
+        """Stop a guest and start it again."""
+        await self._stop(args)
+        return self._row(await self._want(args.vm, "running", ("running",)))
+
+    @operation("vm.pause", role="operator", args=api.VmArguments, route="guest", timeout=CHANGE_TIMEOUT)
+    async def pause(self, _request: Request, args: api.VmArguments) -> dict[str, Any]:
+        """Freeze a guest where it is."""
+        self._must_be(args.vm, ("running", "paused"))
+        return self._row(await self._want(args.vm, "paused", ("paused",)))
+
+    @operation("vm.resume", role="operator", args=api.VmArguments, route="guest", timeout=CHANGE_TIMEOUT)
+    async def resume(self, _request: Request, args: api.VmArguments) -> dict[str, Any]:
+        """Let a paused guest go on."""
+        self._must_be(args.vm, ("running", "paused"))
+        return self._row(await self._want(args.vm, "running", ("running",)))
+
+    async def _stop(self, args: api.VmForce) -> entries.Guest:
+        keeper = self._guests.keeper(args.vm)
+        if keeper is not None and args.force:
+            keeper.force = True
+            keeper.wake()
+        return await self._want(args.vm, "stopped", ("stopped", "failed"))
+
+    async def _want(
+        self, key: str, wanted: entries.WantedState, states: tuple[entries.GuestState, ...]
+    ) -> entries.Guest:
+        guest = self._catalog.state.guests.get(key)
+        if guest is None or guest.wanted != wanted:
+            await self._catalog.propose(entries.SetWanted(guest=key, wanted=wanted))
+        return await self._settled(key, states)
+
+    async def _settled(self, key: str, states: tuple[entries.GuestState, ...]) -> entries.Guest:
+        """Wait until the guest is in one of these states. Raises `OperationError` if it failed or is gone."""
+        index = self._catalog.state.index
+
+        def over(state: State) -> bool:
+            guest = state.guests.get(key)
+            if guest is None or guest.state in states:
+                return True
+            # A failure of before this wait is what a start is meant to mend.
+            return guest.state == "failed" and guest.wanted == "stopped" and state.index > index
+
+        state = await self._catalog.wait(over, timeout=CHANGE_TIMEOUT)
+        guest = state.guests.get(key)
+        if guest is None:
+            raise OperationError("not-found", f"{key} was removed meanwhile")
+        if guest.state not in states:
+            raise OperationError("failed", guest.message or f"{key} failed ({guest.exit_reason})")
+        return guest
+
+    def _must_be(self, key: str, states: tuple[entries.GuestState, ...]) -> None:
+        guest = self._catalog.state.find_guest(key)
+        if guest.state not in states:
+            raise OperationError("conflict", f"{key} is {guest.state}", _mend(guest))
+
+    def _row(self, guest: entries.Guest) -> dict[str, Any]:
+        return deploy.row(guest, self._catalog.state, self._clock())
+
+    # Talking to a guest.
+
+    @operation("vm.exec", role="operator", args=api.VmExec, route="guest", timeout=None)
+    async def exec(self, request: Request, args: api.VmExec) -> dict[str, Any]:
+        """Run a program in a guest: both output streams, its input, its exit code or signal."""
+        async with (
+            self._agent(args.vm) as agent,
+            agent.exec(args.argv, args.env, args.cwd, args.tty) as session,
+        ):
+            result = await _with_input(request, session, _pass_output)
+        return {"code": result.get("code"), "signal": result.get("signal") or None}
+
+    @operation("vm.get", role="operator", args=api.VmGet, route="guest", timeout=None)
+    async def get(self, request: Request, args: api.VmGet) -> dict[str, Any]:
+        """Read a file of a guest."""
+        async with (
+            self._agent(args.vm) as agent,
+            agent.session(FrameType.GET, {"path": args.path}) as session,
+        ):
+            while (piece := await session.read()) is not None:
+                if piece[1]:
+                    await request.item({"data": piece[1]})
+            result = session.result or {}
+        return {"size": result.get("size"), "mode": result.get("mode")}
+
+    @operation("vm.put", role="operator", args=api.VmPut, route="guest", timeout=None)
+    async def put(self, request: Request, args: api.VmPut) -> dict[str, Any]:
+        """Write a file of a guest; it has its name only once all of it has arrived."""
+        arguments = {"path": args.path, "mode": args.mode, "size": args.size}
+        async with self._agent(args.vm) as agent, agent.session(FrameType.PUT, arguments) as session:
+            result = await _with_input(request, session, _drop_output)
+        return {"size": result.get("size"), "mode": args.mode}
+
+    @asynccontextmanager
+    async def _agent(self, key: str) -> AsyncIterator[Agent]:
+        """The agent of a guest that runs here; what goes wrong with it is told as an `OperationError`."""
+        guest = self._catalog.state.find_guest(key)
+        if guest.state not in ("running", "starting", "migrating"):
+            raise OperationError("conflict", f"{key} is {guest.state}", _mend(guest))
+        try:
+            yield await self._guests.local(key).ready_agent(AGENT_TIMEOUT)
+        except AgentRefused as error:
+            code: api.ErrorCode = "not-found" if error.code == "not-found" else "failed"
+            raise OperationError(code, f"{key}: {error}") from error
+        except AgentTimeout as error:
+            raise OperationError("timeout", str(error), f"mobictl vm logs {key} shows its console") from error
+        except AgentError as error:
+            raise OperationError("failed", f"{key}: {error}") from error
+
+    @operation("vm.console", role="operator", args=api.VmArguments, route="guest", timeout=None)
+    async def console(self, request: Request, args: api.VmArguments) -> dict[str, Any]:
+        """A guest's console and keyboard, until the guest ends or another console takes its place."""
+        stream = await self._guests.local(args.vm).console()
+
+        async def type_into() -> None:
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                while True:
+                    await stream.send_all(_data_of(await request.input()))
+
+        async with stream, background(type_into):
+            with suppress(trio.BrokenResourceError):  # the guest ended: the same as the end of the stream
+                while data := await stream.receive_some(CHUNK):
+                    await request.item({"data": bytes(data)})
+        return {}
+
+    @operation("vm.logs", role="viewer", args=api.VmLogs, route="guest", timeout=None)
+    async def logs(self, request: Request, args: api.VmLogs) -> dict[str, Any]:
+        """What a guest's console has printed; with `follow` also what it prints from now on."""
+        path = self._guests.local(args.vm).console_log
+        position = 0
+        for part in (path.with_name(path.name + ".1"), path):
+            position = await _send_log(request, part, 0)
+        while args.follow and path.parent.exists():
+            await trio.sleep(FOLLOW_INTERVAL)
+            if path.exists() and path.stat().st_size < position:  # rotated
+                position = await _send_log(request, path.with_name(path.name + ".1"), position)
+                position = 0
+            position = await _send_log(request, path, position)
+        return {}
+
+
+async def wait_gone(links: Links, guests: dict[str, tuple[str, ...]]) -> list[str]:
+    """Wait until the owners (ids) have nothing left of their removed guests (ids); those that did not answer.
+
+    A peer that cannot be asked will remove them when it comes back and reads the catalog.
+    """
+    silent: list[str] = []
+
+    async def ask(owner: str, ids: tuple[str, ...]) -> None:
+        try:
+            await links.call(owner, "guest.gone", GuestGone(ids=ids), timeout=GONE_TIMEOUT)
+        except OperationError:
+            silent.append(owner)
+
+    async with trio.open_nursery() as nursery:
+        for owner, ids in guests.items():
+            nursery.start_soon(ask, owner, ids)
+    return sorted(silent)
+
+
+def _mend(guest: entries.Guest) -> str:
+    if guest.state == "paused":
+        return f"mobictl vm resume {guest.key} lets it go on"
+    if guest.state in ("stopped", "failed"):
+        return f"mobictl vm start {guest.key} starts it"
+    return ""
+
+
+def _whole_pages(memory: int) -> int:
+    least, most = MEMORY
+    if not least <= memory <= most:
+        raise OperationError(
+            "bad-argument",
+            f"a guest's memory is {format_size(least)} to {format_size(most)}, not {memory} bytes",
+        )
+    return -(-memory // PAGE) * PAGE
+
+
+def _free_name(state: State, image: str) -> str:
+    taken = {guest.name for guest in state.guests.values() if guest.lab == DEFAULT_LAB}
+    return next(name for n in range(1, len(taken) + 2) if (name := f"{image[:24]}-{n}") not in taken)
+
+
+async def _with_input(
+    request: Request, session: Session, take_output: Callable[[Request, Session], Awaitable[None]]
+) -> Mapping[str, object]:
+    """Pass the caller's input on while the output is taken; the session's result."""
+    wrong: list[OperationError] = []
+
+    async def pass_input() -> None:
+        try:
+            while data := _data_of(await request.input()):
+                await session.write(data)
+            await session.close_input()
+        except OperationError as error:
+            wrong.append(error)
+            session.fail(AgentError(error.message))
+
+    try:
+        async with background(pass_input):
+            await take_output(request, session)
+    except AgentError:
+        if wrong:
+            raise wrong[0] from None
+        raise
+    return session.result or {}
+
+
+async def _pass_output(request: Request, session: Session) -> None:
+    while (piece := await session.read()) is not None:
+        channel, data = piece
+        if data:
+            await request.item({"channel": channel, "data": data})
+
+
+async def _drop_output(_request: Request, session: Session) -> None:
+    await session.finish()
+
+
+def _data_of(item: dict[str, Any]) -> bytes:
+    data = item.get("data")
+    if not isinstance(data, bytes) or len(data) > 1 << 20 or item.get("channel", 0) != 0:
+        raise OperationError("bad-argument", "an input is {channel: 0, data: bytes}, at most 1 MiB")
+    return data
+
+
+async def _send_log(request: Request, path: Path, position: int) -> int:
+    """Send a log file from `position` on; where it ended."""
+    try:
+        with path.open("rb") as file:
+            file.seek(position)
+            while data := file.read(LOG_CHUNK):
+                await request.item({"data": data})
+            return file.tell()
+    except FileNotFoundError:
+        return 0
