@@ -262,6 +262,10 @@ class Agent:
         """Ask the guest to power off; returns when the agent has agreed."""
         await self.request(FrameType.POWEROFF, {}, timeout)
 
+    def close(self, why: str) -> None:
+        """The guest is no more: everything that waits for its agent ends."""
+        self._end(AgentGone(why))
+
     def writable(self, session: int) -> int:
         return self._machine.writable(session)
 

@@ -28,9 +28,13 @@ from mobid import host, joining
 from mobid.catalog import Catalog
 from mobid.config import Config
 from mobid.events import Events, EventService
+from mobid.guest import NoPorts
+from mobid.guest_ops import GuestOperations
+from mobid.guests import Guests
 from mobid.helpers import HelperError, Helpers, find_binary
 from mobid.identity import Identity
 from mobid.images import Images
+from mobid.labs import Labs
 from mobid.links import Links
 from mobid.mesh import Mesh
 from mobid.operations import Operations, Request, operation
@@ -178,7 +182,20 @@ class Peer:
         """Make the parts that work for guests, and start them."""
         self.helpers = Helpers(nursery, _helper_binary())
         self.images = Images(self.config.cache, self.catalog, self.links, self.id)
-        self.operations.add(self.images)
+        self.guests = Guests(
+            config=self.config,
+            me=self.id,
+            catalog=self.catalog,
+            events=self.events,
+            helpers=self.helpers,
+            images=self.images,
+            ports=NoPorts(),
+        )
+        self._shutdown.append(self.guests.end_all)
+        vms = GuestOperations(self.guests, self.catalog, self.images, self.links)
+        for part in (self.images, vms, Labs(self.catalog, self.images, self.links)):
+            self.operations.add(part)
+        nursery.start_soon(self.guests.run)
 
     async def _keep_membership(self) -> None:
         """Tell the mesh where this peer is and what its host has; end when it is no member any more."""
@@ -231,7 +248,7 @@ class Peer:
     # Operations about the peer itself.
 
     def _facts_now(self) -> dict[str, Any]:
-        return {"memory_free": host.memory_available()}
+        return {"memory_free": self.guests.memory_free()}
 
     @operation("status", role="viewer")
     async def status(self, _request: Request, _args: api.Nothing) -> dict[str, Any]:
