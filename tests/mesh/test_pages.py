@@ -140,7 +140,9 @@ def test_second_pass_sends_only_what_changed(pair: Pair) -> None:
     assert (second["ram_pages"], second["disk_blocks"], second["zero_pages"]) == (0, 0, 0)
     pair.source[0].write(4, bytes(PAGE))
     pair.source[0].write(5, b"x" * PAGE)
-    pair.source[1].write(7, pair.source[1].read()[7])
+    disk = pair.source[1]
+    assert isinstance(disk, Disk)
+    disk.write(7, disk.read()[7])
     third = pair.sent_pass()
     assert (third["ram_pages"], third["disk_blocks"], third["zero_pages"]) == (1, 0, 1)
     event = pair.receiver.wait_event("pass", **{"pass": 3})
