@@ -50,17 +50,22 @@ class LocalPeer:
 
     def answers(self) -> bool:
         """Whether somebody accepts connections at its socket."""
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(2.0)
-            try:
-                probe.connect(str(self.socket.resolve()))
-            except (OSError, ValueError):
-                return False
-        return True
+        return accepts(self.socket)
 
     def running(self) -> int:
         """The process id of the peer that holds this directory, or 0."""
         return lock_holder(self.directory / "mobid.pid")
+
+
+def accepts(path: Path) -> bool:
+    """Whether somebody accepts connections at a unix stream socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(2.0)
+        try:
+            probe.connect(str(path.resolve()))
+        except (OSError, ValueError):
+            return False
+    return True
 
 
 def lock_holder(path: Path) -> int:

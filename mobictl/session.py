@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.text import Text
 
 from mobictl import client, places
 from proto.api import OperationError
@@ -34,7 +35,7 @@ class Session:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        self.out = Console(soft_wrap=False, highlight=False)
+        self.out = Console(highlight=False, width=_width(1))
         self.err = Console(stderr=True, highlight=False)
 
     @property
@@ -88,12 +89,18 @@ class Session:
             write_json(document)
         elif not self.quiet:
             for renderable in renderables:
-                self.out.print(renderable)
+                plain = isinstance(renderable, str | Text)
+                self.out.print(renderable, markup=False, soft_wrap=plain)
 
     def note(self, text: str) -> None:
         """A line about the work, for people."""
         if not self.quiet and not self.json:
-            self.err.print(text, markup=False)
+            self.err.print(text, markup=False, soft_wrap=True)
+
+
+def _width(fd: int) -> int | None:
+    """A table in a file or pipe is as wide as it likes."""
+    return None if os.isatty(fd) or "COLUMNS" in os.environ else 400
 
 
 def write_json(document: Any) -> None:

@@ -64,6 +64,7 @@ _HOST_RULE = "1 to 32 small letters, digits and inner hyphens"
 _PEER_RULE = "letters, digits, dots, hyphens and underscores"
 LabName = Annotated[str, *_name_of(NAME, "a lab's name", _HOST_RULE)]
 GuestName = Annotated[str, *_name_of(NAME, "a guest's name", _HOST_RULE)]
+PeerName = Annotated[str, *_name_of(PEER_NAME, "a peer's or site's name", _PEER_RULE)]
 NetworkName = Annotated[
     str,
     *_name_of(

@@ -94,10 +94,9 @@ def summary(record: dict[str, Any]) -> list[RenderableType]:
         for name in ("host", "guest", "network")
         if downtime.get(name) is not None
     ]
+    took, sent = format_time(record.get("total_s") or 0), format_size(record.get("sent_bytes") or 0)
     lines: list[RenderableType] = [
-        Text(
-            f"{route} moved in {format_time(record.get('total_s') or 0)}, {format_size(record.get('sent_bytes') or 0)} sent"
-        ),
+        Text(f"{route} moved in {took}, {sent} sent"),
         Text(
             f"downtime: {', '.join(parts) or 'not measured'}; verified: {record.get('verified', 'pending')}"
         ),

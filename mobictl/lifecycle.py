@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting and ending the peers of a directory.
+
+Peers are ordinary processes, each the leader of its own session: they neither end with the terminal nor
+get its Ctrl-C. The first founds the mesh. The others start alone and are then told, over their own
+sockets, to join it with a token: so the token is in no argument list, no environment and no log. The
+manifest is written before the first process starts: whatever happens then, `take_down` finds all that
+there is.
+
+Going down never trusts a process id alone. A peer holds a lock on its pid file; as long as the lock is
+held, the number in it is the holder's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import mobictl
+from mobictl import client, helpers
+from mobictl.places import LocalPeer, Manifest, accepts, load_manifest, lock_holder
+from mobictl.progress import Reporter
+from proto import api
+from proto.api import OperationError
+from proto.wan import Wan
+
+START_TIMEOUT: Final = 60.0
+JOIN_TIMEOUT: Final = 60.0
+STOP_TIMEOUT: Final = 60.0
+TERM_TIMEOUT: Final = 5.0
+KILL_TIMEOUT: Final = 5.0
+POLL: Final = 0.05
+WAN_PORT: Final = 7400
+FIRST_PORT: Final = 7400
+
+
+@dataclass
+class Plan:
+    """What `up` shall make true."""
+
+    names: list[str]
+    wan: Wan | None = None
+    wan_file: Path | None = None
+    listen: str | None = None
+
+
+@dataclass
+class Launch:
+    """Processes started so far, to be watched while they come up."""
+
+    manifest: Manifest
+    plan: Plan
+    children: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    nested: list[int] = field(default_factory=list)
+
+
+def run_up(directory: Path, plan: Plan, report: Reporter) -> Manifest:
+    """Start the peers and wait until all answer as one mesh; leaves nothing behind when it fails."""
+    before = load_manifest(directory)
+    running = before.running()
+    if running:
+        names = ", ".join(peer.name for peer in running)
+        text = f"{len(running)} peer{'s are' if len(running) > 1 else ' is'} running in {directory}: {names}"
+        raise OperationError("exists", text, "mobictl down ends them; --dir starts others beside them")
+    manifest = _manifest(directory, before, plan)
+    launch = Launch(manifest, plan)
+    try:
+        _end_leftovers(manifest)
+        manifest.save()
+        if plan.wan is not None:
+            _start_nest(launch, report)
+        for peer in manifest.peers:
+            _start_peer(launch, peer)
+        _wait_for_all(launch, report)
+        _join_all(launch, report)
+    except BaseException:
+        with uninterrupted():
+            take_down(manifest, _Silent())
+            _end_children(launch)
+            if not before.peers:
+                manifest.path.unlink(missing_ok=True)
+        raise
+    return manifest
+
+
+def _end_children(launch: Launch) -> None:
+    """End what was started a moment ago and had no lock yet by which `take_down` could find it."""
+    for child in launch.children.values():
+        child.terminate()
+    for child in launch.children.values():
+        try:
+            child.wait(TERM_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait(KILL_TIMEOUT)
+    for pid in launch.nested:
+        if helpers.alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+class _Silent:
+    def step(self, text: str) -> None:
+        pass
+
+    def amount(self, label: str, done: float, total: float | None) -> None:
+        pass
+
+
+def _manifest(directory: Path, before: Manifest, plan: Plan) -> Manifest:
+    """The peers that shall run; those that were there keep their addresses. Raises OperationError."""
+    known = {peer.name: peer for peer in before.peers}
+    missing = [name for name in known if name not in plan.names]
+    if missing or (known and (before.wan is None) != (plan.wan is None)):
+        kind = "an emulated WAN" if before.wan is not None else "no WAN"
+        text = f"{directory} has the mesh of {', '.join(known)} with {kind}"
+        raise OperationError("conflict", text, "start it as it was, or give another --dir")
+    taken = {peer.listen for peer in before.peers}
+    peers = []
+    for name in plan.names:
+        listen = known[name].listen if name in known else _listen(directory, plan, name, taken)
+        taken.add(listen)
+        peers.append(LocalPeer(name, directory / name, listen))
+    wan = str(plan.wan_file.absolute()) if plan.wan_file is not None else None
+    return Manifest(directory, peers, wan)
+
+
+def _listen(directory: Path, plan: Plan, name: str, taken: set[str]) -> str:
+    if plan.wan is not None:
+        return f"{plan.wan.address(name)}:{WAN_PORT}"
+    if plan.listen is not None:
+        return plan.listen
+    digest = hashlib.sha256(str(directory).encode()).digest()
+    first = FIRST_PORT + int.from_bytes(digest[:2], "big") % 20_000
+    for port in range(first, first + 1000):
+        address = f"127.0.0.1:{port}"
+        if address not in taken and _free(port):
+            return address
+    raise OperationError(
+        "no-room", f"none of the ports {first} to {first + 999} is free", "give one with --listen"
+    )
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def mobid_command() -> list[str]:
+    """How this installation's mobid is started."""
+    return [sys.executable, "-m", "mobid"]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a peer: ours, and where its code is when that is not installed."""
+    root = str(Path(mobictl.__file__).resolve().parents[1])
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != root]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *paths])}
+
+
+def _arguments(plan: Plan, peer: LocalPeer) -> list[str]:
+    arguments = [*mobid_command(), "--dir", str(peer.directory), "--name", peer.name, "--listen", peer.listen]
+    return [*arguments, "--site", peer.name] if plan.wan is not None else arguments
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is done, so that no process is started and then forgotten."""
+    caught: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        caught.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        raise KeyboardInterrupt
+
+
+def _spawn(launch: Launch, name: str, arguments: list[str], directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with uninterrupted(), (directory / "mobid.log").open("ab") as log:
+            launch.children[name] = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment(),
+                start_new_session=True,
+            )
+    except OSError as error:
+        text = f"{name} cannot be started in {directory}: {(error.strerror or '').lower()}"
+        raise OperationError("failed", text, "give another --dir, or mend its permissions") from None
+
+
+def _start_peer(launch: Launch, peer: LocalPeer) -> None:
+    arguments = _arguments(launch.plan, peer)
+    if launch.plan.wan is None:
+        _spawn(launch, peer.name, arguments, peer.directory)
+        return
+    peer.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with uninterrupted():
+        log = str(peer.directory / "mobid.log")
+        started = nest_call(launch.manifest, "wan.start", {"site": peer.name, "argv": arguments, "log": log})
+        launch.nested.append(int(started["pid"]))
+
+
+def nest_call(manifest: Manifest, op: str, args: dict[str, Any] | None = None) -> Any:
+    """Ask the nest of the emulated WAN. Raises OperationError."""
+    if manifest.wan is None:
+        text = f"the peers of {manifest.directory} have no emulated WAN between them"
+        raise OperationError("unsupported", text, "start them with: mobictl up --wan FILE")
+    return client.Mesh(f"unix:{manifest.wan_socket.resolve()}").call(op, args, timeout=30.0)
+
+
+def _start_nest(launch: Launch, report: Reporter) -> None:
+    place = launch.manifest.directory / "wan"
+    arguments = [*mobid_command(), "wan", "--dir", str(place), "--file", str(launch.manifest.wan)]
+    _spawn(launch, "wan", arguments, place)
+    deadline = time.monotonic() + START_TIMEOUT
+    while not accepts(launch.manifest.wan_socket):
+        _check_child(launch, "wan", place)
+        _check_time(deadline, "the emulated WAN", place)
+        time.sleep(POLL)
+    report.step(f"wan: {len(launch.plan.names)} sites")
+
+
+def last_words(directory: Path) -> str:
+    """The last line that a process wrote to its log: mostly why it ended."""
+    try:
+        lines = (directory / "mobid.log").read_bytes()[-8192:].decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
+
+
+def _check_child(launch: Launch, name: str, directory: Path) -> None:
+    child = launch.children.get(name)
+    code = child.poll() if child is not None else None
+    if code is not None:
+        said = last_words(directory).removeprefix("mobid: ")
+        text = f"{name} ended while starting" + (f": {said}" if said else f" with status {code}")
+        raise OperationError("failed", text, f"its log is {directory / 'mobid.log'}")
+
+
+def _check_time(deadline: float, name: str, directory: Path) -> None:
+    if time.monotonic() > deadline:
+        text = f"{name} did not answer in time"
+        raise OperationError("timeout", text, f"its log is {directory / 'mobid.log'}")
+
+
+def _wait_for_all(launch: Launch, report: Reporter) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    for peer in launch.manifest.peers:
+        while not peer.answers():
+            _check_child(launch, peer.name, peer.directory)
+            _check_time(deadline, peer.name, peer.directory)
+            time.sleep(POLL)
+        client.Mesh(peer.target).call("status", timeout=max(1.0, deadline - time.monotonic()))
+        report.step(f"{peer.name}: running at {peer.listen}")
+
+
+def _join_all(launch: Launch, report: Reporter) -> None:
+    """Every peer into the mesh of the first; those that are in it already (a restart) are left alone."""
+    founder, *others = launch.manifest.peers
+    mesh = client.Mesh(founder.target).call("status")["mesh"]
+    strangers = [peer for peer in others if client.Mesh(peer.target).call("status")["mesh"] != mesh]
+    if strangers:
+        args = api.TokenNew(ttl=600.0, uses=len(strangers), role="peer")
+        token = client.Mesh(founder.target).call("peer.token.new", args)["token"]
+        for peer in strangers:
+            client.Mesh(peer.target).call("peer.join", api.PeerJoin(token=token), timeout=JOIN_TIMEOUT)
+            report.step(f"{peer.name}: joined the mesh of {founder.name}")
+    _wait_until_seen(launch)
+
+
+def _wait_until_seen(launch: Launch) -> None:
+    """Until every peer sees every other alive."""
+    wanted = {peer.name for peer in launch.manifest.peers}
+    deadline = time.monotonic() + JOIN_TIMEOUT
+    for peer in launch.manifest.peers:
+        while True:
+            rows = client.Mesh(peer.target).call("peer.ls", timeout=10.0)
+            if wanted <= {row["name"] for row in rows if row["state"] == "alive"}:
+                break
+            _check_child(launch, peer.name, peer.directory)
+            _check_time(deadline, f"the mesh as {peer.name} sees it", peer.directory)
+            time.sleep(POLL)
+
+
+def take_down(manifest: Manifest, report: Reporter) -> list[str]:
+    """End all peers of a directory with their guests and helpers, whatever state they are in.
+
+    Returns the names of the peers that were running.
+    """
+    ended = []
+    waiting: list[tuple[LocalPeer, float]] = []
+    for peer in manifest.peers:
+        if peer.running():
+            ended.append(peer.name)
+            _ask_to_stop(peer)
+            waiting.append((peer, time.monotonic() + STOP_TIMEOUT))
+    for peer, deadline in waiting:
+        _wait_for_end(peer.directory / "mobid.pid", deadline)
+        report.step(f"{peer.name}: ended")
+    for peer in manifest.peers:
+        count = _end_helpers(peer.directory)
+        if count:
+            report.step(f"{peer.name}: {count} helper{'s' * (count > 1)} without a peer ended")
+    if manifest.wan is not None:
+        _end_nest(manifest)
+    return ended
+
+
+def _end_leftovers(manifest: Manifest) -> None:
+    """What a killed mesh of this directory left behind would hold sockets and memory."""
+    if manifest.wan is not None:
+        _end_nest(manifest)
+
+
+def _ask_to_stop(peer: LocalPeer) -> None:
+    """Start the orderly end; a peer that cannot be spoken to is told by a signal."""
+    try:
+        client.Mesh(peer.target).call("stop", timeout=STOP_TIMEOUT)
+    except OperationError:
+        _signal(peer.directory / "mobid.pid", signal.SIGTERM)
+
+
+def _signal(pid_file: Path, number: signal.Signals) -> None:
+    pid = lock_holder(pid_file)
+    if pid > 0:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+
+
+def _wait_for_end(pid_file: Path, deadline: float) -> None:
+    """Wait until nobody holds the lock; then ask by signal, at last kill."""
+    for number, patience in ((None, 0.0), (signal.SIGTERM, TERM_TIMEOUT), (signal.SIGKILL, KILL_TIMEOUT)):
+        if number is not None:
+            _signal(pid_file, number)
+            deadline = time.monotonic() + patience
+        while lock_holder(pid_file):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(POLL)
+        else:
+            return
+    raise OperationError("failed", f"the process that holds {pid_file} does not end", "see its log beside it")
+
+
+def _end_helpers(directory: Path) -> int:
+    runtime = directory / "run"
+    return helpers.end_all(runtime.resolve()) if runtime.is_symlink() else 0
+
+
+def _end_nest(manifest: Manifest) -> None:
+    place = manifest.directory / "wan"
+    pid_file = place / "mobid.pid"
+    if lock_holder(pid_file):
+        try:
+            nest_call(manifest, "stop")
+        except OperationError:
+            _signal(pid_file, signal.SIGTERM)
+        _wait_for_end(pid_file, time.monotonic() + TERM_TIMEOUT)
+    _end_helpers(place)
