@@ -225,14 +225,18 @@ async def connect(
     if scope.cancelled_caught:
         raise _unreachable(target, f"no answer within {CONNECT_TIMEOUT:g} s")
     client = Client(stream, target)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(client.read)
-        try:
-            yield client
-        finally:
-            nursery.cancel_scope.cancel()
-            with trio.CancelScope(shield=True):
-                await trio.aclose_forcefully(stream)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.read)
+            try:
+                yield client
+            finally:
+                nursery.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await trio.aclose_forcefully(stream)
+    except BaseExceptionGroup as group:
+        # The nursery is ours: whoever uses the connection shall see the error itself, not our group round it.
+        raise first_error(group) from None
 
 
 def _unreachable(target: str, reason: str) -> OperationError:
@@ -334,7 +338,7 @@ class Mesh:
 def run(function: Callable[..., Any], *args: Any) -> Any:
     """`trio.run`, with the one error that is meant taken out of its groups."""
     try:
-        return trio.run(function, *args, strict_exception_groups=False)
+        return trio.run(function, *args)
     except BaseExceptionGroup as group:
         raise first_error(group) from group
 

@@ -23,7 +23,6 @@ import typer
 from mobictl.document import DocumentError
 from mobictl.session import Session, write_error
 from proto.api import OperationError
-from proto.problems import suggestion
 
 PREFIX = "MOBI"
 
@@ -62,15 +61,16 @@ class Exit(Exception):
         self.code = code
 
 
-def application(help: str) -> typer.Typer:
-    """A group of commands with our settings."""
+def application(help: str, prefix: str | None = None) -> typer.Typer:
+    """A group of commands with our settings; the outermost one sets the prefix of environment variables."""
+    settings = {"help_option_names": ["-h", "--help"]}
     return typer.Typer(
         help=help,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": PREFIX},
+        context_settings={**settings, "auto_envvar_prefix": prefix} if prefix else settings,
     )
 
 
@@ -160,11 +160,8 @@ def _click_error(error: Exception, as_json: bool) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "mobictl"
     text = str(words()).strip().rstrip(".")
-    if kind == "UsageError" and context is not None and text.startswith("No such command"):
-        known = list(getattr(context.command, "commands", {}))
-        text += suggestion(text.split("'")[1] if "'" in text else "", known)
     message = text[:1].lower() + text[1:]
-    write_error(OperationError("bad-argument", f"{path}: {message}", f"see: {path} --help"), as_json=as_json)
+    write_error(OperationError("bad-argument", message, f"see: {path} --help"), as_json=as_json)
     return int(getattr(error, "exit_code", 2))
 
 

@@ -174,7 +174,16 @@ def environment() -> dict[str, str]:
 
 
 def _arguments(plan: Plan, peer: LocalPeer) -> list[str]:
-    arguments = [*mobid_command(), "--dir", str(peer.directory), "--name", peer.name, "--listen", peer.listen]
+    arguments = [
+        *mobid_command(),
+        "run",
+        "--dir",
+        str(peer.directory),
+        "--name",
+        peer.name,
+        "--listen",
+        peer.listen,
+    ]
     return [*arguments, "--site", peer.name] if plan.wan is not None else arguments
 
 
@@ -199,7 +208,7 @@ def uninterrupted() -> Iterator[None]:
 def _spawn(launch: Launch, name: str, arguments: list[str], directory: Path) -> None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with uninterrupted(), (directory / "mobid.log").open("ab") as log:
+        with uninterrupted(), output_file(directory).open("wb") as log:
             launch.children[name] = subprocess.Popen(
                 arguments,
                 stdin=subprocess.DEVNULL,
@@ -220,7 +229,7 @@ def _start_peer(launch: Launch, peer: LocalPeer) -> None:
         return
     peer.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with uninterrupted():
-        log = str(peer.directory / "mobid.log")
+        log = str(output_file(peer.directory))
         started = nest_call(launch.manifest, "wan.start", {"site": peer.name, "argv": arguments, "log": log})
         launch.nested.append(int(started["pid"]))
 
@@ -245,13 +254,22 @@ def _start_nest(launch: Launch, report: Reporter) -> None:
     report.step(f"wan: {len(launch.plan.names)} sites")
 
 
+def output_file(directory: Path) -> Path:
+    """Where the standard output and error of a process go: beside its directory, which is its own."""
+    return directory.with_name(directory.name + ".out")
+
+
 def last_words(directory: Path) -> str:
-    """The last line that a process wrote to its log: mostly why it ended."""
+    """The last line that a process wrote: mostly why it ended."""
     try:
-        lines = (directory / "mobid.log").read_bytes()[-8192:].decode(errors="replace").splitlines()
+        lines = output_file(directory).read_bytes()[-8192:].decode(errors="replace").splitlines()
     except OSError:
         return ""
     return next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
+
+
+def _where_to_look(directory: Path) -> str:
+    return f"see {output_file(directory)} and {directory / 'mobid.log'}"
 
 
 def _check_child(launch: Launch, name: str, directory: Path) -> None:
@@ -260,13 +278,13 @@ def _check_child(launch: Launch, name: str, directory: Path) -> None:
     if code is not None:
         said = last_words(directory).removeprefix("mobid: ")
         text = f"{name} ended while starting" + (f": {said}" if said else f" with status {code}")
-        raise OperationError("failed", text, f"its log is {directory / 'mobid.log'}")
+        raise OperationError("failed", text, _where_to_look(directory))
 
 
 def _check_time(deadline: float, name: str, directory: Path) -> None:
     if time.monotonic() > deadline:
         text = f"{name} did not answer in time"
-        raise OperationError("timeout", text, f"its log is {directory / 'mobid.log'}")
+        raise OperationError("timeout", text, _where_to_look(directory))
 
 
 def _wait_for_all(launch: Launch, report: Reporter) -> None:
@@ -300,12 +318,21 @@ def _wait_until_seen(launch: Launch) -> None:
     deadline = time.monotonic() + JOIN_TIMEOUT
     for peer in launch.manifest.peers:
         while True:
-            rows = client.Mesh(peer.target).call("peer.ls", timeout=10.0)
+            rows = _peers_seen(peer)
             if wanted <= {row["name"] for row in rows if row["state"] == "alive"}:
                 break
             _check_child(launch, peer.name, peer.directory)
             _check_time(deadline, f"the mesh as {peer.name} sees it", peer.directory)
             time.sleep(POLL)
+
+
+def _peers_seen(peer: LocalPeer) -> list[dict[str, Any]]:
+    """Its list of peers; nothing while it starts anew with the catalog of the mesh that it joined."""
+    try:
+        rows: list[dict[str, Any]] = client.Mesh(peer.target).call("peer.ls", timeout=10.0)
+    except OperationError:
+        return []
+    return rows
 
 
 def take_down(manifest: Manifest, report: Reporter) -> list[str]:

@@ -9,10 +9,19 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from mobictl.command import DirOption, JsonOption, PeerOption, QuietOption, application, command, execute
+from mobictl.command import (
+    PREFIX,
+    DirOption,
+    JsonOption,
+    PeerOption,
+    QuietOption,
+    application,
+    command,
+    execute,
+)
 from mobictl.commands import doctor, events, image, lab, net, peer, up, vm, vm_io, vm_migrate, wan
 
-app = application("Networks of virtual machines that live: one file, any host, moved while they run.")
+app = application("Networks of virtual machines that live: one file, any host, moved while they run.", PREFIX)
 
 
 def _version(wanted: bool) -> None:
@@ -33,7 +42,10 @@ def root(
     json: JsonOption = False,
     quiet: QuietOption = False,
     version_: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version and end.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, allow_from_autoenv=False, help="Say the version."
+        ),
     ] = False,
 ) -> None:
     """Options before the command hold for it as those behind it do."""

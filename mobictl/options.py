@@ -29,29 +29,36 @@ def _parser(parse_unit: Callable[[object], ValueT], name: str) -> Callable[[Any]
     return read
 
 
-def size(*names: str, help: str) -> Any:
+def _option(
+    names: tuple[str, ...], help: str, metavar: str, default: str | None, parser: Callable[[Any], Any]
+) -> Any:
+    """`default` is how the default value is shown, with its unit."""
+    return typer.Option(*names, help=help, metavar=metavar, parser=parser, show_default=default or False)
+
+
+def size(*names: str, help: str, default: str | None = None) -> Any:
     """An option that takes a size, `64M`; its value is bytes."""
-    return typer.Option(*names, help=help, metavar="SIZE", parser=_parser(units.parse_size, "size"))
+    return _option(names, help, "SIZE", default, _parser(units.parse_size, "size"))
 
 
-def rate(*names: str, help: str) -> Any:
+def rate(*names: str, help: str, default: str | None = None) -> Any:
     """An option that takes a rate with its unit, `20mbit`; its value is bytes per second."""
-    return typer.Option(*names, help=help, metavar="RATE", parser=_parser(units.parse_rate, "rate"))
+    return _option(names, help, "RATE", default, _parser(units.parse_rate, "rate"))
 
 
-def duration(*names: str, help: str) -> Any:
+def duration(*names: str, help: str, default: str | None = None) -> Any:
     """An option that takes a time with its unit, `50ms`; its value is seconds."""
-    return typer.Option(*names, help=help, metavar="TIME", parser=_parser(units.parse_time, "time"))
+    return _option(names, help, "TIME", default, _parser(units.parse_time, "time"))
 
 
-def share(*names: str, help: str) -> Any:
+def share(*names: str, help: str, default: str | None = None) -> Any:
     """An option that takes a percentage, `0.1%`; its value lies between 0 and 1."""
-    return typer.Option(
-        *names, help=help, metavar="PERCENT", parser=_parser(units.parse_percentage, "percentage")
-    )
+    return _option(names, help, "PERCENT", default, _parser(units.parse_percentage, "percentage"))
 
 
-VmArgument = Annotated[str, typer.Argument(metavar="[LAB/]VM", help="The guest.", show_default=False)]
+VmArgument = Annotated[
+    str, typer.Argument(metavar="VM", help="The guest, NAME or LAB/NAME.", show_default=False)
+]
 LabArgument = Annotated[str, typer.Argument(metavar="LAB", help="The lab.", show_default=False)]
 PeerArgument = Annotated[str, typer.Argument(metavar="PEER", help="A peer's name or id.", show_default=False)]
 

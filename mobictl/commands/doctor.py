@@ -22,7 +22,7 @@ def doctor(session: Session) -> None:
     """Say what this host can do, what is missing, and how to mend it."""
     found = ask()
     session.show(found, *page(found))
-    if not found.get("ok", True):
+    if not found["ok"]:
         raise Exit(1)
 
 
@@ -31,7 +31,12 @@ def ask() -> dict[str, Any]:
     command = [*lifecycle.mobid_command(), "doctor", "--json"]
     try:
         done = subprocess.run(
-            command, capture_output=True, timeout=TIMEOUT, env=lifecycle.environment(), stdin=subprocess.DEVNULL, check=False
+            command,
+            capture_output=True,
+            timeout=TIMEOUT,
+            env=lifecycle.environment(),
+            stdin=subprocess.DEVNULL,
+            check=False,
         )
         document = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
@@ -46,12 +51,11 @@ def page(document: dict[str, Any]) -> list[Any]:
     """A line per check: what, how it is, and the mend below what is missing."""
     lines: list[Any] = []
     for check in document.get("checks", []):
-        state = str(check.get("state") or ("ok" if check.get("ok") else "missing"))
-        mark, style = MARKS.get(state, ("?", ""))
-        name, detail = str(check.get("name", "")), str(check.get("detail") or check.get("message") or "")
-        lines.append(Text.assemble((mark, style), f" {name:<20} {detail}"))
-        mend = check.get("mend") or check.get("hint")
-        if mend and state != "ok":
-            lines.append(Text(f"  {'':<20} {mend}", style="dim"))
-    facts = {key: value for key, value in document.items() if key != "checks"}
-    return [*lines, tables.page(facts)]
+        state = "ok" if check["ok"] else "missing" if check["needed"] else "warning"
+        mark, style = MARKS[state]
+        lines.append(Text.assemble((mark, style), f" {check['name']:<16} {check['detail']}"))
+        if check["mend"] and state != "ok":
+            lines.append(Text(f"  {'':<16} {check['mend']}", style="dim"))
+    facts = {key: value for key, value in document.items() if key not in ("ok", "checks", "cpu_features")}
+    verdict = Text("ready for guests" if document["ok"] else "not ready for guests: see the crosses above")
+    return [*lines, "", tables.page(facts), "", verdict]

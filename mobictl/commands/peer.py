@@ -91,7 +91,7 @@ def leave(session: Session) -> None:
 @command(token_app, "new")
 def token_new(
     session: Session,
-    ttl: Annotated[float, options.duration("--ttl", help="How long it is good for.")] = 3600.0,
+    ttl: Annotated[float, options.duration("--ttl", help="How long it is good for.", default="1h")] = 3600.0,
     uses: Annotated[int, typer.Option("--uses", min=1, help="How often it can be used.")] = 1,
     role: Annotated[
         str, typer.Option("--role", help="peer, or a user's role: viewer, operator, admin.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mobictl import client, lifecycle, places, tables
+from mobictl import client, lifecycle, places
 from mobictl.commands.peer import peer_table
 from mobictl.labfile import load_wan_file
 from mobictl.progress import reporting
@@ -22,13 +22,21 @@ MOST_PEERS = 64
 def up(
     session: Session,
     *,
-    peers: Annotated[int | None, typer.Option("--peers", min=1, max=MOST_PEERS, help="How many (default 1).")] = None,
+    peers: Annotated[
+        int | None, typer.Option("--peers", min=1, max=MOST_PEERS, help="How many (default 1).")
+    ] = None,
     wan: Annotated[
-        Path | None, typer.Option("--wan", metavar="FILE", help="An emulated WAN; the peers have its sites' names.")
+        Path | None,
+        typer.Option("--wan", metavar="FILE", help="An emulated WAN; the peers have its sites' names."),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The name of a single peer.")] = None,
     listen: Annotated[
-        str | None, typer.Option("--listen", metavar="ADDRESS:PORT", help="Where a single peer listens (default: on this machine only).")
+        str | None,
+        typer.Option(
+            "--listen",
+            metavar="ADDRESS:PORT",
+            help="Where a single peer listens (default: on this machine only).",
+        ),
     ] = None,
 ) -> None:
     """Start peers on this machine as ordinary processes, joined to one mesh."""
@@ -38,7 +46,13 @@ def up(
         manifest = lifecycle.run_up(directory, plan, report)
     rows: list[dict[str, Any]] = client.Mesh(manifest.peers[0].target).call("peer.ls")
     local = [
-        {"name": p.name, "address": p.listen, "socket": str(p.socket.resolve()), "directory": str(p.directory), "pid": p.running()}
+        {
+            "name": p.name,
+            "address": p.listen,
+            "socket": str(p.socket.resolve()),
+            "directory": str(p.directory),
+            "pid": p.running(),
+        }
         for p in manifest.peers
     ]
     session.show({"directory": str(directory), "wan": manifest.wan, "peers": local}, peer_table(rows))
@@ -49,7 +63,9 @@ def _plan(
 ) -> lifecycle.Plan:
     if wan_file is not None:
         if name is not None or listen is not None:
-            raise OperationError("bad-argument", "--name and --listen do not go with --wan", "the file has the names")
+            raise OperationError(
+                "bad-argument", "--name and --listen do not go with --wan", "the file has the names"
+            )
         wan = load_wan_file(wan_file)
         names = list(wan.sites)
         if peers is not None and peers > len(names):
@@ -71,11 +87,10 @@ def down(session: Session) -> None:
     manifest = places.load_manifest(directory)
     if not manifest.peers:
         near = suggestion(directory.name, [], "")
-        raise OperationError("not-found", f"no mesh was started in {directory}{near}", "name its directory with --dir")
+        raise OperationError(
+            "not-found", f"no mesh was started in {directory}{near}", "name its directory with --dir"
+        )
     with places.directory_lock(directory), reporting(session, "down") as report:
         ended = lifecycle.take_down(manifest, report)
     words = f"{', '.join(ended)} ended" if ended else "nothing was running"
     session.show({"directory": str(directory), "ended": ended}, words)
-
-
-__all__ = ["down", "tables", "up"]

@@ -36,9 +36,13 @@ def migrate(
     vm: VmArgument,
     *,
     to: Annotated[str, typer.Option("--to", metavar="PEER", help="Where it goes.")],
-    downtime: Annotated[float, options.duration("--downtime", help="The longest pause to aim at.")] = 0.05,
-    bandwidth: Annotated[int, options.rate("--bandwidth", help="The most to use (0: all).")] = 0,
-    deadline: Annotated[float, options.duration("--deadline", help="When to stop trying.")] = 60.0,
+    downtime: Annotated[
+        float, options.duration("--downtime", help="The longest pause to aim at.", default="50ms")
+    ] = 0.05,
+    bandwidth: Annotated[int, options.rate("--bandwidth", help="The most to use (default: all).")] = 0,
+    deadline: Annotated[
+        float, options.duration("--deadline", help="When to stop trying.", default="60s")
+    ] = 60.0,
     mode: Annotated[Literal["auto", "precopy", "cold"], typer.Option("--mode", help="How.")] = "auto",
     on_stall: Annotated[
         Literal["accept", "abort"],

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mobictl lab`: whole networks of guests from one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mobictl import picture, tables
+from mobictl.command import application, command
+from mobictl.commands.vm import guest_table
+from mobictl.labfile import load_lab_file
+from mobictl.options import LabArgument, build
+from mobictl.progress import reporting
+from mobictl.session import Session
+from mobictl.tables import Column
+from proto import api
+from proto.lab import lab_schema
+from proto.labcheck import write_lab
+
+app = application("Labs: networks of guests from one file.")
+
+UP_TIMEOUT = 600.0
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The lab file.", show_default=False)]
+LABS = (
+    Column("LAB", "lab"),
+    Column("GUESTS", "guests", right=True),
+    Column("RUNNING", "running", right=True),
+    Column("NETWORKS", "networks", right=True),
+    Column("STATE", "state", tables.state),
+    Column("SOURCE", "source"),
+)
+PLAN = (
+    Column("VM", "vm"),
+    Column("PEER", "peer"),
+    Column("IMAGE", "image"),
+    Column("MEMORY", "memory", tables.size, right=True),
+    Column("DISK", "disk", lambda value: tables.size(value) if value else "–", right=True),
+    Column("ADDRESSES", "addresses", tables.joined),
+)
+NETWORKS = (
+    Column("NETWORK", "name"),
+    Column("SUBNET", "subnet"),
+    Column("MEMBERS", "members", tables.joined),
+)
+
+
+def _arguments(op: str, file: Path) -> api.LabFile:
+    lab, _ = load_lab_file(file)
+    return build(api.LabFile, op, lab=write_lab(lab), source=str(file.absolute()))
+
+
+@command(app, "validate")
+def validate(session: Session, file: FileArgument) -> None:
+    """Check a lab file, without asking any peer."""
+    lab, _ = load_lab_file(file)
+    topology = lab.topology
+    facts = {"guests": len(topology.nodes), "links": len(topology.links), "networks": len(topology.networks)}
+    words = ", ".join(
+        f"{count} {name if count != 1 else name[:-1]}" for name, count in facts.items() if count
+    )
+    session.show({"lab": lab.name, "ok": True, **facts}, f"{file}: the lab {lab.name!r} is right ({words})")
+
+
+@command(app, "up")
+def up(session: Session, file: FileArgument) -> None:
+    """Make a lab of a file and start its guests."""
+    args = _arguments("lab.up", file)
+    with reporting(session, "lab up") as report:
+        seen: dict[str, str] = {}
+
+        def step(item: dict[str, Any]) -> None:
+            guest, state = str(item.get("guest") or ""), str(item.get("state") or "")
+            if not guest:
+                report.step(str(item.get("stage") or ""))
+            elif seen.get(guest) != state:
+                seen[guest] = state
+                report.step(f"{guest}: {state}")
+
+        made = session.call("lab.up", args, timeout=UP_TIMEOUT, on_item=step)
+    session.show(made, f"{made['lab']} is up", guest_table(_rows(made)))
+
+
+def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The guests of a result as rows of `vm ls`."""
+    return [row for row in document.get("guests", []) if isinstance(row, dict)]
+
+
+@command(app, "plan")
+def plan(session: Session, file: FileArgument) -> None:
+    """Show what lab up would make and where, without making it."""
+    found = session.call("lab.plan", _arguments("lab.plan", file))
+    session.show(found, tables.table(_rows(found), PLAN, "no guests"))
+
+
+@command(app, "down")
+def down(session: Session, lab: LabArgument) -> None:
+    """End a lab: its guests, their disks, its networks."""
+    found = session.call("lab.down", build(api.LabArguments, "lab.down", lab=lab), timeout=UP_TIMEOUT)
+    session.show(found, f"{lab}: gone")
+
+
+@command(app, "ls")
+def ls(session: Session) -> None:
+    """List the labs of the mesh."""
+    rows = session.call("lab.ls")
+    session.show(rows, tables.table(rows, LABS, "no labs; make one with: mobictl lab up FILE"))
+
+
+@command(app, "show")
+def show(session: Session, lab: LabArgument) -> None:
+    """Show a lab's guests and networks."""
+    found = session.call("lab.show", build(api.LabArguments, "lab.show", lab=lab))
+    networks = [row for row in found.get("networks", []) if isinstance(row, dict)]
+    facts = {key: value for key, value in found.items() if not isinstance(value, list | dict)}
+    parts: list[Any] = [tables.page(facts), "", guest_table(_rows(found))]
+    session.show(found, *parts, *(["", tables.table(networks, NETWORKS)] if networks else []))
+
+
+@command(app, "graph")
+def graph(
+    session: Session,
+    lab: Annotated[str, typer.Argument(metavar="LAB|FILE", help="A running lab, or a lab file.")],
+    *,
+    form: Annotated[
+        Literal["dot", "mermaid", "svg"], typer.Option("--format", help="What to write.")
+    ] = "dot",
+) -> None:
+    """Draw a lab: Graphviz or Mermaid text, or an SVG picture."""
+    drawn = _graph(session, lab)
+    text = {"dot": picture.dot, "mermaid": picture.mermaid, "svg": picture.svg}[form](drawn)
+    if session.json:
+        session.show({"lab": drawn.lab, "format": form, "graph": text})
+    else:
+        print(text)  # noqa: T201 - this is the output
+
+
+def _graph(session: Session, lab: str) -> picture.Graph:
+    path = Path(lab)
+    if path.suffix in (".yaml", ".yml") or "/" in lab:
+        return picture.from_lab(load_lab_file(path)[0])
+    return picture.from_document(session.call("lab.graph", build(api.LabArguments, "lab.graph", lab=lab)))
+
+
+@command(app, "schema")
+def schema(session: Session) -> None:
+    """Print the JSON Schema of lab files, for editors."""
+    del session
+    print(json.dumps(lab_schema(), indent=1, ensure_ascii=False))  # noqa: T201 - this is the output
