@@ -104,7 +104,11 @@ def _with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
         outer: dict[str, Any] = context.find_root().obj or {}
         given = {key: values.pop(key, None) or outer.get(key) for key in COMMON}
         session = Session(given["peer"], given["dir"], bool(given["json"]), bool(given["quiet"]))
-        return function(session, **values)
+        try:
+            return function(session, **values)
+        except KeyboardInterrupt:
+            write_error(OperationError("failed", "interrupted"), as_json=session.json)
+            raise Exit(130) from None
 
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -132,13 +136,6 @@ def execute(app: typer.Typer, arguments: Sequence[str]) -> int:
     except DocumentError as error:
         _wrong_document(error, as_json)
         return 1
-    except BrokenPipeError:
-        # Whoever read our output has enough; the interpreter's own flush at exit must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    except KeyboardInterrupt:
-        write_error(OperationError("failed", "interrupted"), as_json=as_json)
-        return 130
     except Exception as error:  # noqa: BLE001 - the parser's classes depend on typer's version
         return _click_error(error, as_json)
 

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting and ending the peers of a directory.
+"""Starting the peers of a directory.
 
 Peers are ordinary processes, each the leader of its own session: they neither end with the terminal nor
 get its Ctrl-C. The first founds the mesh. The others start alone and are then told, over their own
 sockets, to join it with a token: so the token is in no argument list, no environment and no log. The
-manifest is written before the first process starts: whatever happens then, `take_down` finds all that
+manifest is written before the first process starts: whatever happens then, `takedown` finds all that
 there is.
-
-Going down never trusts a process id alone. A peer holds a lock on its pid file; as long as the lock is
-held, the number in it is the holder's.
 """
 
 from __future__ import annotations
@@ -28,8 +25,9 @@ from types import FrameType
 from typing import Any, Final
 
 import mobictl
-from mobictl import client, helpers
-from mobictl.places import LocalPeer, Manifest, accepts, load_manifest, lock_holder
+from mobictl import client, helpers, takedown
+from mobictl.nest import nest_call
+from mobictl.places import LocalPeer, Manifest, accepts, load_manifest
 from mobictl.progress import Reporter
 from proto import api
 from proto.api import OperationError
@@ -37,9 +35,7 @@ from proto.wan import Wan
 
 START_TIMEOUT: Final = 60.0
 JOIN_TIMEOUT: Final = 60.0
-STOP_TIMEOUT: Final = 60.0
 TERM_TIMEOUT: Final = 5.0
-KILL_TIMEOUT: Final = 5.0
 POLL: Final = 0.05
 WAN_PORT: Final = 7400
 FIRST_PORT: Final = 7400
@@ -76,7 +72,7 @@ def run_up(directory: Path, plan: Plan, report: Reporter) -> Manifest:
     manifest = _manifest(directory, before, plan)
     launch = Launch(manifest, plan)
     try:
-        _end_leftovers(manifest)
+        takedown.end_nest(manifest)
         manifest.save()
         if plan.wan is not None:
             _start_nest(launch, report)
@@ -86,7 +82,7 @@ def run_up(directory: Path, plan: Plan, report: Reporter) -> Manifest:
         _join_all(launch, report)
     except BaseException:
         with uninterrupted():
-            take_down(manifest, _Silent())
+            takedown.take_down(manifest)
             _end_children(launch)
             if not before.peers:
                 manifest.path.unlink(missing_ok=True)
@@ -95,7 +91,7 @@ def run_up(directory: Path, plan: Plan, report: Reporter) -> Manifest:
 
 
 def _end_children(launch: Launch) -> None:
-    """End what was started a moment ago and had no lock yet by which `take_down` could find it."""
+    """End what was started a moment ago and had no lock yet by which `takedown` could find it."""
     for child in launch.children.values():
         child.terminate()
     for child in launch.children.values():
@@ -103,18 +99,10 @@ def _end_children(launch: Launch) -> None:
             child.wait(TERM_TIMEOUT)
         except subprocess.TimeoutExpired:
             child.kill()
-            child.wait(KILL_TIMEOUT)
+            child.wait(TERM_TIMEOUT)
     for pid in launch.nested:
         if helpers.alive(pid):
             os.kill(pid, signal.SIGKILL)
-
-
-class _Silent:
-    def step(self, text: str) -> None:
-        pass
-
-    def amount(self, label: str, done: float, total: float | None) -> None:
-        pass
 
 
 def _manifest(directory: Path, before: Manifest, plan: Plan) -> Manifest:
@@ -234,14 +222,6 @@ def _start_peer(launch: Launch, peer: LocalPeer) -> None:
         launch.nested.append(int(started["pid"]))
 
 
-def nest_call(manifest: Manifest, op: str, args: dict[str, Any] | None = None) -> Any:
-    """Ask the nest of the emulated WAN. Raises OperationError."""
-    if manifest.wan is None:
-        text = f"the peers of {manifest.directory} have no emulated WAN between them"
-        raise OperationError("unsupported", text, "start them with: mobictl up --wan FILE")
-    return client.Mesh(f"unix:{manifest.wan_socket.resolve()}").call(op, args, timeout=30.0)
-
-
 def _start_nest(launch: Launch, report: Reporter) -> None:
     place = launch.manifest.directory / "wan"
     arguments = [*mobid_command(), "wan", "--dir", str(place), "--file", str(launch.manifest.wan)]
@@ -333,82 +313,3 @@ def _peers_seen(peer: LocalPeer) -> list[dict[str, Any]]:
     except OperationError:
         return []
     return rows
-
-
-def take_down(manifest: Manifest, report: Reporter) -> list[str]:
-    """End all peers of a directory with their guests and helpers, whatever state they are in.
-
-    Returns the names of the peers that were running.
-    """
-    ended = []
-    waiting: list[tuple[LocalPeer, float]] = []
-    for peer in manifest.peers:
-        if peer.running():
-            ended.append(peer.name)
-            _ask_to_stop(peer)
-            waiting.append((peer, time.monotonic() + STOP_TIMEOUT))
-    for peer, deadline in waiting:
-        _wait_for_end(peer.directory / "mobid.pid", deadline)
-        report.step(f"{peer.name}: ended")
-    for peer in manifest.peers:
-        count = _end_helpers(peer.directory)
-        if count:
-            report.step(f"{peer.name}: {count} helper{'s' * (count > 1)} without a peer ended")
-    if manifest.wan is not None:
-        _end_nest(manifest)
-    return ended
-
-
-def _end_leftovers(manifest: Manifest) -> None:
-    """What a killed mesh of this directory left behind would hold sockets and memory."""
-    if manifest.wan is not None:
-        _end_nest(manifest)
-
-
-def _ask_to_stop(peer: LocalPeer) -> None:
-    """Start the orderly end; a peer that cannot be spoken to is told by a signal."""
-    try:
-        client.Mesh(peer.target).call("stop", timeout=STOP_TIMEOUT)
-    except OperationError:
-        _signal(peer.directory / "mobid.pid", signal.SIGTERM)
-
-
-def _signal(pid_file: Path, number: signal.Signals) -> None:
-    pid = lock_holder(pid_file)
-    if pid > 0:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            return
-
-
-def _wait_for_end(pid_file: Path, deadline: float) -> None:
-    """Wait until nobody holds the lock; then ask by signal, at last kill."""
-    for number, patience in ((None, 0.0), (signal.SIGTERM, TERM_TIMEOUT), (signal.SIGKILL, KILL_TIMEOUT)):
-        if number is not None:
-            _signal(pid_file, number)
-            deadline = time.monotonic() + patience
-        while lock_holder(pid_file):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(POLL)
-        else:
-            return
-    raise OperationError("failed", f"the process that holds {pid_file} does not end", "see its log beside it")
-
-
-def _end_helpers(directory: Path) -> int:
-    runtime = directory / "run"
-    return helpers.end_all(runtime.resolve()) if runtime.is_symlink() else 0
-
-
-def _end_nest(manifest: Manifest) -> None:
-    place = manifest.directory / "wan"
-    pid_file = place / "mobid.pid"
-    if lock_holder(pid_file):
-        try:
-            nest_call(manifest, "stop")
-        except OperationError:
-            _signal(pid_file, signal.SIGTERM)
-        _wait_for_end(pid_file, time.monotonic() + TERM_TIMEOUT)
-    _end_helpers(place)

@@ -20,7 +20,6 @@ from mobictl.session import Session
 from mobictl.tables import Column
 from proto import api, tokens
 from proto.api import OperationError
-from proto.identity import public_key
 
 app = application("Peers: the hosts of the mesh.")
 token_app = application("Tokens: let a new peer or user in.")
@@ -40,6 +39,7 @@ COLUMNS = (
 TOKEN_COLUMNS = (
     Column("TOKEN", "id"),
     Column("ROLE", "role"),
+    Column("STATE", "state", tables.state),
     Column("USES", "uses", right=True),
     Column("EXPIRES", "expires", tables.moment),
 )
@@ -111,7 +111,7 @@ def token_new(
 
 @command(token_app, "ls")
 def token_ls(session: Session) -> None:
-    """List the tokens that are still good."""
+    """List the tokens that were made, without their secrets."""
     rows = session.call("peer.token.ls")
     session.show(rows, tables.table(rows, TOKEN_COLUMNS, "no tokens"))
 
@@ -172,7 +172,7 @@ def login(
     )
     found = client.run(_login, parsed, args)
     members = [
-        {"name": str(m["name"]), "address": str(m["address"]), "key": public_key(m["certificate"]).hex()}
+        {"name": str(m["name"]), "address": str(m["address"]), "key": m["key"].hex()}
         for m in found["members"]
     ]
     credentials.remember(parsed.mesh, members)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mobictl import client, lifecycle, places
+from mobictl import client, lifecycle, places, takedown
 from mobictl.commands.peer import peer_table
 from mobictl.labfile import load_wan_file
 from mobictl.progress import reporting
@@ -91,6 +91,6 @@ def down(session: Session) -> None:
             "not-found", f"no mesh was started in {directory}{near}", "name its directory with --dir"
         )
     with places.directory_lock(directory), reporting(session, "down") as report:
-        ended = lifecycle.take_down(manifest, report)
+        ended = takedown.take_down(manifest, report)
     words = f"{', '.join(ended)} ended" if ended else "nothing was running"
     session.show({"directory": str(directory), "ended": ended}, words)

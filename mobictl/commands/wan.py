@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mobictl import lifecycle, options, places, tables
+from mobictl import options, places, tables
 from mobictl.command import application, command
+from mobictl.nest import nest_call
 from mobictl.session import Session
 from mobictl.tables import Column
 from proto.units import format_percentage, format_rate, format_time
@@ -29,7 +30,7 @@ SiteB = Annotated[str, typer.Argument(metavar="B", help="Another site.")]
 
 
 def _ask(session: Session, op: str, args: dict[str, Any] | None = None) -> Any:
-    return lifecycle.nest_call(places.load_manifest(session.root), op, args)
+    return nest_call(places.load_manifest(session.root), op, args)
 
 
 def _table(paths: list[dict[str, Any]]) -> Any:
