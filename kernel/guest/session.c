@@ -277,8 +277,15 @@ void session_signal(const struct frame *frame)
 	struct request request;
 	struct session *s = find(frame->session);
 
-	if (request_open(&request, frame->session, frame->payload, frame->length) && s && s->kind == EXEC && !s->exited)
-		kill(-s->pid, (int)map_int(request.map, "signal", SIGTERM));
+	if (request_open(&request, frame->session, frame->payload, frame->length) && s) {
+		if (s->kind != EXEC) {
+			result_error(
+				s->id, "cancelled", "the transfer of %s was cancelled", s->path ? s->path : "the file");
+			release(s);
+		} else if (!s->exited) {
+			kill(-s->pid, (int)map_int(request.map, "signal", SIGTERM));
+		}
+	}
 	request_done(&request);
 }
 
