@@ -297,6 +297,11 @@ class Helpers:
             ) from None
         except _EndedEarly:
             raise HelperError("failed", f"{role} helper ended at once: {_last_line(log)}") from None
+        except HelperError as error:
+            self._abandon(child)
+            if error.code != "gone":
+                raise
+            raise HelperError("failed", f"{role} helper ended at once: {_last_line(log)}") from None
         except BaseException:
             self._abandon(child)
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,3 +31,13 @@ def socket_dir() -> Iterator[Path]:
     path = tempfile.mkdtemp(prefix="mobi-", dir="/tmp")
     yield Path(path)
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def standin_kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`standin_kernel.c`, built: speaks the freeze protocol and makes the mistake it is asked for."""
+    program = tmp_path_factory.mktemp("standin") / "kernel"
+    source = Path(__file__).parent / "standin_kernel.c"
+    command = ["gcc", "-O2", "-static", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(source)]
+    subprocess.run(command, check=True, timeout=120)
+    return program

@@ -314,10 +314,13 @@ static void listener_ready(void *context, int fd, uint32_t events)
 		control->config.connection(control->config.context, true);
 }
 
-/* A socket file nobody listens on is left over from a killed helper. */
+/*
+ * A socket file nobody listens on is left over from a killed helper. Asked with the wrong type of socket, since a real
+ * connection would replace the controller of one that lives.
+ */
 static bool remove_stale(const struct sockaddr_un *address)
 {
-	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	bool stale;
 
 	if (fd < 0)
