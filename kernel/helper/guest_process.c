@@ -83,8 +83,8 @@ static _Noreturn void run_kernel(const struct process_spec *spec, int ready, int
 
 	if (spec->initrd_argument && layers & SANDBOX_ROOT)
 		spec->argv[spec->initrd_argument] = "initrd=" SANDBOX_INITRD;
-	if (setpgid(0, 0) < 0)
-		give_up(ready, "no process group");
+	if (setsid() < 0)
+		give_up(ready, "no session of its own");
 	place_descriptors(spec, ready, kernel);
 	if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || parent_gone(READY_FD))
 		_exit(127);
