@@ -71,7 +71,8 @@ def _kernel() -> str | None:
     named = os.environ.get("MOBI_KERNEL")
     if named:
         return named if os.access(named, os.X_OK) else None
-    built = [path for path in cache_directory().glob("kernels/*/linux") if os.access(path, os.X_OK)]
+    pages = cache_directory().glob("kernel/*/kernel.json")
+    built = [path for page in pages if os.access(path := page.with_name("linux"), os.X_OK)]
     return str(max(built, key=lambda path: path.stat().st_mtime)) if built else None
 
 

@@ -82,6 +82,7 @@ class Peer:
         self._tcp: trio.SocketListener | None = None
         self.address = ""
         self._shutdown: list[Callable[[], Awaitable[None]]] = []
+        self._closing: list[Callable[[], Awaitable[None]]] = []
         for part in (self, self.catalog, self.mesh, EventService(self.events, self.links, self._members)):
             self.operations.add(part)
 
@@ -192,6 +193,7 @@ class Peer:
             ports=NoPorts(),
         )
         self._shutdown.append(self.guests.end_all)
+        self._closing.append(self.guests.close)
         vms = GuestOperations(self.guests, self.catalog, self.images, self.links)
         for part in (self.images, vms, Labs(self.catalog, self.images, self.links)):
             self.operations.add(part)
@@ -234,7 +236,9 @@ class Peer:
         self._scope.deadline = trio.current_time() + FAREWELL
 
     async def close(self) -> None:
-        """Put everything away, after `run`."""
+        """Put everything away, after `run`; guests go on."""
+        for close in reversed(self._closing):
+            await close()
         if self._tcp is not None:
             await self._tcp.aclose()
         self.catalog.close()
