@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mobid`: the command that runs a peer in the foreground, and the one that examines this machine.
+"""`mobid`: the command that runs a peer in the foreground, examines this machine, or emulates a WAN on it.
 
     mobid run [--dir D] [--name N] [--site S] [--listen ADDR:PORT] [--found | --join TOKEN]
     mobid doctor [--json]
+    mobid wan --dir D --file FILE
 
 SIGTERM and SIGINT end the peer in order and leave its guests running; `mobictl down` ends both.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 import structlog
 import trio
 
-from mobid import doctor, logs, peer
+from mobid import doctor, logs, peer, wan
 from mobid.config import DEFAULT_PORT, Config, parse_listen, prepare, state_directory
 from mobid.identity import load_or_create
 from mobid.peer import Outcome
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits 0 when all went well, 1 with one sentence on stderr, 2 for wrong usage."""
     arguments = _parser().parse_args(argv)
     try:
-        code = _doctor(arguments) if arguments.command == "doctor" else _run(arguments)
+        code = _COMMANDS[arguments.command](arguments)
     except OperationError as error:
         _say(error)
         code = 1
@@ -74,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     examine = commands.add_parser("doctor", help="what this machine can do, what is missing, how to mend it")
     examine.add_argument("--json", action="store_true", help="one JSON document")
+    nest = commands.add_parser("wan", help="run the network namespaces of an emulated WAN (mobictl up --wan)")
+    nest.add_argument("--dir", type=Path, required=True, help="where its socket and logs are")
+    nest.add_argument("--file", type=Path, required=True, help="the WAN file: sites and paths")
     return parser
 
 
@@ -139,6 +143,10 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _wan(arguments: argparse.Namespace) -> int:
+    return wan.run(arguments.dir, arguments.file)
+
+
 async def _serve(config: Config) -> Outcome:
     """Run the peer, and run it again whenever it has joined another mesh."""
     identity = load_or_create(config.path("identity.pem"))
@@ -168,6 +176,9 @@ def _announce(running: peer.Peer) -> None:
     log.info("peer.ready", name=running.name, address=running.address)
     sys.stdout.write(f"{running.name} is ready: {running.address} unix:{running.config.socket}\n")
     sys.stdout.flush()
+
+
+_COMMANDS = {"run": _run, "doctor": _doctor, "wan": _wan}
 
 
 if __name__ == "__main__":
