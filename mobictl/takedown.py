@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
 import trio
 
 from mobictl import client, helpers
-from mobictl.nest import nest_call
 from mobictl.places import LocalPeer, Manifest, lock_holder
 from mobictl.progress import Reporter
 from proto.api import OperationError
@@ -29,73 +29,104 @@ TERM_TIMEOUT: Final = 5.0
 POLL: Final = 0.05
 
 
+class Holder:
+    """The process that holds a pid file, by a pidfd: signals and waiting can never meet another process."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    @classmethod
+    def of(cls, pid_file: Path) -> Holder | None:
+        """None if nobody holds it. The lock, still held afterwards, vouches for the number."""
+        deadline = time.monotonic() + TERM_TIMEOUT
+        while (pid := lock_holder(pid_file)) and time.monotonic() < deadline:
+            try:
+                fd = os.pidfd_open(pid) if pid > 0 else -1
+            except ProcessLookupError:
+                fd = -1
+            if fd >= 0 and lock_holder(pid_file) == pid:
+                return cls(fd)
+            if fd >= 0:
+                os.close(fd)
+            time.sleep(POLL)
+        return None
+
+    def signal(self, number: signal.Signals) -> None:
+        try:
+            signal.pidfd_send_signal(self._fd, number)
+        except ProcessLookupError:
+            return
+
+    async def ended(self, timeout: float) -> bool:
+        """Whether the process has ended within `timeout` seconds."""
+        with trio.move_on_after(timeout):
+            await trio.lowlevel.wait_readable(self._fd)
+            return True
+        return False
+
+    async def end(self, ask: Callable[[], Awaitable[None]]) -> bool:
+        """Ask it, then tell it by signals; whether it has ended.
+
+        It is asked several times, since a peer that is just joining a mesh starts anew and forgets.
+        """
+        for _ in range(STOP_ATTEMPTS):
+            await ask()
+            if await self.ended(END_TIMEOUT):
+                return True
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            self.signal(number)
+            if await self.ended(TERM_TIMEOUT):
+                return True
+        return False
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 def take_down(manifest: Manifest, report: Reporter | None = None) -> list[str]:
     """End all peers of a directory with their guests and helpers, whatever state they are in.
 
-    Returns the names of the peers that were running.
+    Returns the names of the peers that were running. Raises OperationError for one that cannot be ended.
     """
-    running = manifest.running()
+    running = {
+        peer.name: holder for peer in manifest.peers if (holder := Holder.of(peer.directory / "mobid.pid"))
+    }
     if running:
-        client.run(_stop_all, running)
-    for peer in running:
-        _wait_for_end(peer.directory / "mobid.pid")
-        if report is not None:
-            report.step(f"{peer.name}: ended")
+        client.run(_end_peers, [peer for peer in manifest.peers if peer.name in running], running, report)
     for peer in manifest.peers:
         count = _end_helpers(peer.directory)
         if count and report is not None:
             report.step(f"{peer.name}: {count} helper{'s' * (count > 1)} without a peer ended")
     if manifest.wan is not None:
         end_nest(manifest)
-    return [peer.name for peer in running]
+    return list(running)
 
 
-async def _stop_all(peers: list[LocalPeer]) -> None:
-    """The orderly end of all at once, since the guests of each take their time."""
+async def _end_peers(peers: list[LocalPeer], holders: dict[str, Holder], report: Reporter | None) -> None:
+    """All at once, since the guests of each take their time."""
+
+    async def end(peer: LocalPeer) -> None:
+        holder = holders[peer.name]
+        if not await holder.end(lambda: _ask(peer.target)):
+            raise OperationError(
+                "failed", f"{peer.name} cannot be ended", f"see {peer.directory / 'mobid.log'}"
+            )
+        holder.close()
+        if report is not None:
+            report.step(f"{peer.name}: ended")
+
     async with trio.open_nursery() as nursery:
         for peer in peers:
-            nursery.start_soon(_ask_to_stop, peer)
+            nursery.start_soon(end, peer)
 
 
-async def _ask_to_stop(peer: LocalPeer) -> None:
-    """Ask until it ends; one that is just joining a mesh starts anew and has to be told again."""
-    for _ in range(STOP_ATTEMPTS):
-        try:
-            async with client.connect(peer.target) as connection:
-                await connection.call("stop", timeout=STOP_TIMEOUT)
-        except OperationError as error:
-            if error.code not in ("unreachable", "failed"):
-                return
-        with trio.move_on_after(END_TIMEOUT):
-            while peer.running():  # noqa: ASYNC110 - the lock of another process has no event
-                await trio.sleep(POLL)
-            return
-
-
-def _signal(pid_file: Path, number: signal.Signals) -> None:
-    pid = lock_holder(pid_file)
-    if pid > 0:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            return
-
-
-def _wait_for_end(pid_file: Path) -> None:
-    """Wait until nobody holds the lock; a process that was asked in vain is told by signals."""
-    for number, patience in (
-        (None, END_TIMEOUT),
-        (signal.SIGTERM, TERM_TIMEOUT),
-        (signal.SIGKILL, TERM_TIMEOUT),
-    ):
-        if number is not None:
-            _signal(pid_file, number)
-        deadline = time.monotonic() + patience
-        while lock_holder(pid_file) and time.monotonic() < deadline:
-            time.sleep(POLL)
-        if not lock_holder(pid_file):
-            return
-    raise OperationError("failed", f"the process that holds {pid_file} does not end", "see its log beside it")
+async def _ask(target: str) -> None:
+    """The operation `stop`; one that cannot be asked will be told by a signal."""
+    try:
+        async with client.connect(target) as connection:
+            await connection.call("stop", timeout=STOP_TIMEOUT)
+    except OperationError:
+        return
 
 
 def _end_helpers(directory: Path) -> int:
@@ -104,12 +135,10 @@ def _end_helpers(directory: Path) -> int:
 
 
 def end_nest(manifest: Manifest) -> None:
+    """End the nest of the emulated WAN, if there is one."""
     place = manifest.directory / "wan"
-    pid_file = place / "mobid.pid"
-    if lock_holder(pid_file):
-        try:
-            nest_call(manifest, "stop")
-        except OperationError:
-            _signal(pid_file, signal.SIGTERM)
-        _wait_for_end(pid_file)
+    holder = Holder.of(place / "mobid.pid")
+    if holder is not None:
+        client.run(holder.end, lambda: _ask(f"unix:{manifest.wan_socket.resolve()}"))
+        holder.close()
     _end_helpers(place)
