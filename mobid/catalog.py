@@ -337,7 +337,12 @@ class Catalog:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _take_in(self, item: dict[str, Any]) -> None:
-        records = [Record(int(term), int(index), bytes(payload)) for term, index, payload in item["records"]]
+        try:
+            records = [
+                Record(int(term), int(index), bytes(payload)) for term, index, payload in item["records"]
+            ]
+        except (KeyError, TypeError, ValueError):
+            raise OperationError("failed", "the coordinator sent records that cannot be read") from None
         for place, record in enumerate(records):
             if record.index != len(self._records) + 1 + place:
                 raise OperationError("failed", f"record {record.index} of the catalog came out of order")

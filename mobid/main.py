@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OperationError as error:
         _say(error)
         code = 1
+    except KeyboardInterrupt:
+        code = 130
     sys.exit(code)
 
 
@@ -132,12 +134,14 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         logs.configure(config.path("mobid.log"))
         outcome = trio.run(_serve, config)
+    except Exception as error:  # noqa: BLE001 - the last boundary before a person
+        raise _explained(error, config) from None
     finally:
         lock.release()
     if outcome is Outcome.EVICTED:
         raise OperationError(
             "forbidden",
-            "this peer was evicted from its mesh",
+            f"the peer in {config.directory} is no member of its mesh any more: it left or was evicted",
             "join again with a new token and an empty --dir",
         )
     return 0
@@ -147,13 +151,27 @@ def _wan(arguments: argparse.Namespace) -> int:
     return wan.run(arguments.dir, arguments.file)
 
 
+def _explained(error: BaseException, config: Config) -> OperationError:
+    """What to tell a person of whatever ended the peer."""
+    first = error
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    if isinstance(first, OperationError):
+        return first
+    log.error("peer.failed", exc_info=error)
+    return OperationError(
+        "internal",
+        f"the peer ended by a mistake in itself: {first!r}",
+        f"{config.path('mobid.log')} has the details; its guests go on, start it again",
+    )
+
+
 async def _serve(config: Config) -> Outcome:
     """Run the peer, and run it again whenever it has joined another mesh."""
     identity = load_or_create(config.path("identity.pem"))
     while True:
         running = peer.load(config, identity)
         try:
-            await running.open()
             outcome = await _run_until_signal(running)
         finally:
             await running.close()
@@ -163,12 +181,19 @@ async def _serve(config: Config) -> Outcome:
 
 
 async def _run_until_signal(running: peer.Peer) -> Outcome:
+    opening = trio.CancelScope()
+
     async def end_on_signal() -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for _ in signals:
+                opening.cancel()
                 running.end()
 
     async with background(end_on_signal):
+        with opening:
+            await running.open()
+        if opening.cancelled_caught:
+            return Outcome.STOPPED
         return await running.run(lambda: _announce(running))
 
 

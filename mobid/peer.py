@@ -121,7 +121,13 @@ class Peer:
                 f"{config.directory} belongs to the peer {own.name}, not {config.name}",
                 f"start it with --name {own.name}, or give another --dir",
             )
-        token = tokens.decode(config.join) if config.join and not state.mesh else None
+        token = tokens.decode(config.join) if config.join else None
+        if token and state.mesh and token.mesh != state.mesh:
+            raise OperationError(
+                "conflict",
+                f"{config.directory} belongs to mesh {state.mesh}, the token to another",
+                "give another --dir",
+            )
         self._tcp = _listen(config.listen, own.address if own else None)
         port = self._tcp.socket.getsockname()[1]
         self.address = config.advertise or _outward(config.listen[0], port, token)

@@ -25,7 +25,7 @@ from proto.api import Arguments, ErrorCode, OperationError, Role
 MAX_REQUESTS = 64
 """Requests under way on one connection; more are answered `no-room`."""
 
-QUEUE = 64
+QUEUE = 16
 """Frames that wait for the writer, and inputs or items that wait for their reader."""
 
 SEND_TIMEOUT = 60.0

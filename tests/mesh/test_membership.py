@@ -162,7 +162,7 @@ async def test_an_evicted_peer_ends_and_its_key_opens_nothing(mesh: Mesh) -> Non
     assert await virginia.ended() == 1
     assert virginia.process is not None
     assert virginia.process.stdout is not None
-    assert "was evicted from its mesh" in virginia.process.stdout.read()
+    assert "is no member of its mesh any more" in virginia.process.stdout.read()
     with pytest.raises(OperationError):
         await answer_as(tokyo, identity, "peer.ls")
 
@@ -268,6 +268,22 @@ async def test_a_second_start_in_one_directory_is_refused(mesh: Mesh) -> None:
     assert tokyo.process is not None
     assert f"a peer is running in {tokyo.directory} already (process {tokyo.process.pid})" in said
     assert (await tokyo.ask("status"))["name"] == "tokyo"
+
+
+async def test_a_signal_while_joining_ends_the_peer_quietly(mesh: Mesh) -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        door = (f"127.0.0.1:{deaf.getsockname()[1]}", b"k" * 32)
+        token = tokens.encode(tokens.Token("ab", b"s" * 20, "m", "peer", 4e9, (door,)))
+        tokyo = mesh.peer("tokyo")
+        tokyo.launch(token=token)
+        connection, _ = await trio.to_thread.run_sync(deaf.accept)
+        with connection:
+            assert await tokyo.end() == 0
+    assert tokyo.process is not None
+    assert tokyo.process.stdout is not None
+    assert tokyo.process.stdout.read() == ""
 
 
 async def test_a_port_in_use_is_named(mesh: Mesh) -> None:
