@@ -132,6 +132,14 @@ static bool open_all(struct guest *guest)
 	return true;
 }
 
+/* Also of a guest that was opened halfway. Descriptors go with the process. */
+static void close_all(struct guest *guest)
+{
+	if (guest->control)
+		control_free(guest->control);
+	loop_free(guest->loop);
+}
+
 static int run(int argc, char **argv)
 {
 	struct guest *guest = calloc(1, sizeof(*guest));
@@ -148,8 +156,7 @@ static int run(int argc, char **argv)
 	if (status < 0) {
 		log_open("guest");
 		status = open_all(guest) && start(guest) ? loop_run(guest->loop) : 1;
-		if (guest->control)
-			control_free(guest->control);
+		close_all(guest);
 	}
 	free(guest);
 	return status;

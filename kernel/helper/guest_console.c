@@ -88,10 +88,3 @@ bool console_open(struct guest_console *console, struct loop *loop, const char *
 	log_error("no stream for the console: %s", strerror(errno));
 	return false;
 }
-
-void console_close(struct guest_console *console)
-{
-	stream_close(&console->stream);
-	if (console->log_fd >= 0)
-		close(console->log_fd);
-}

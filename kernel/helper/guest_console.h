@@ -24,6 +24,5 @@ struct guest_console {
 
 /* False after a line in the log. */
 bool console_open(struct guest_console *console, struct loop *loop, const char *path);
-void console_close(struct guest_console *console);
 
 #endif

@@ -17,6 +17,7 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 /* Descriptors of the child's own, above all that the kernel gets. They vanish at exec. */
@@ -25,6 +26,7 @@
 #define SPARE_FD 610
 
 #define START_TIMEOUT_MS 10000
+#define BURY_TRIES 2000
 
 /* What the child says before exec: its layers, or what went wrong. Its pid comes as credentials. */
 struct ready_note {
@@ -263,6 +265,19 @@ bool process_start(struct guest_process *process, const struct process_spec *spe
 	return attempt(process, spec, false, message, &mute);
 }
 
+/*
+ * Without an init the stubs of a dead kernel are orphans, which come to us as their subreaper. One may just be forking
+ * another, so the signal is repeated until the group is empty.
+ */
+static void bury_group(pid_t group)
+{
+	const struct timespec pause = {.tv_nsec = 1000000};
+
+	for (int tries = 0; tries < BURY_TRIES && kill(-group, SIGKILL) == 0; tries++)
+		if (waitpid(-group, NULL, WNOHANG | __WALL) <= 0)
+			nanosleep(&pause, NULL);
+}
+
 bool process_reaped(struct guest_process *process, pid_t pid, int *status)
 {
 	if (pid != process->waited || pid == 0)
@@ -272,7 +287,7 @@ bool process_reaped(struct guest_process *process, pid_t pid, int *status)
 		(void)!read(process->status_fd, status, sizeof(*status));
 		close(process->status_fd);
 	} else {
-		kill(-process->pid, SIGKILL);
+		bury_group(process->pid);
 	}
 	*process = (struct guest_process){.status_fd = -1};
 	return true;

@@ -112,14 +112,6 @@ bool stream_open(struct guest_stream *stream, struct loop *loop)
 	return loop_add(loop, stream->guest_fd, EPOLLIN, guest_ready, stream) == 0;
 }
 
-void stream_close(struct guest_stream *stream)
-{
-	detach(stream);
-	loop_remove(stream->loop, stream->guest_fd);
-	close(stream->guest_fd);
-	close(stream->inner_fd);
-}
-
 int stream_attach(struct guest_stream *stream)
 {
 	int pair[2];

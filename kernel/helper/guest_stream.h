@@ -30,7 +30,6 @@ struct guest_stream {
 
 /* `stream` has lossless, tap and context set. False and errno. */
 bool stream_open(struct guest_stream *stream, struct loop *loop);
-void stream_close(struct guest_stream *stream);
 
 /* A new socket for the other side (the caller closes it once it is sent), or -1 and errno. Replaces the older one. */
 int stream_attach(struct guest_stream *stream);

@@ -50,15 +50,11 @@ static void check_pattern(struct shared *shared)
 	}
 }
 
-static void echo_serial(void)
+static void echo_serial(int fd)
 {
-	int fd = open("/dev/ttyS0", O_RDWR);
 	char data[256];
 	ssize_t size;
 
-	if (fd < 0)
-		exit(1);
-	set_raw(fd);
 	while ((size = read(fd, data, sizeof(data))) > 0) {
 		for (ssize_t i = 0; i < size; i++)
 			data[i] = (char)toupper((unsigned char)data[i]);
@@ -72,13 +68,19 @@ int main(void)
 {
 	struct shared *shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	char line[64];
+	int serial;
 
 	mount("dev", "/dev", "devtmpfs", 0, NULL);
 	set_raw(0);
+	/* a serial line that nobody has opened loses what comes in, so this is done before "ready" */
+	serial = open("/dev/ttyS0", O_RDWR);
+	if (serial < 0)
+		return 1;
+	set_raw(serial);
 	if (fork() == 0)
 		check_pattern(shared);
 	if (fork() == 0)
-		echo_serial();
+		echo_serial(serial);
 	printf("ready\n");
 	fflush(stdout);
 	while (fgets(line, sizeof(line), stdin)) {

@@ -101,6 +101,7 @@ def test_descriptors_nobody_takes_are_closed(shim: Shim) -> None:
     shim.send("hello", fds=[reading] * 9)
     reply, _ = shim.receive(time.monotonic() + 10)
     assert reply["error"] == "bad-request"
+    shim.call("hello")
     assert open_fds(shim) == before
     os.close(reading)
     os.close(writing)

@@ -35,6 +35,14 @@ def boottime_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
+def wait_stopped(pid: int) -> None:
+    """Until the process obeys its SIGSTOP."""
+    give_up = time.monotonic() + 10
+    while Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
+        assert time.monotonic() < give_up, "the process is not stopped"
+        time.sleep(0.005)
+
+
 def test_a_freeze_that_takes_too_long_is_undone(start: Start) -> None:
     shim = start("late")
     shim.wait_state("running")
@@ -109,8 +117,7 @@ def test_a_guest_that_does_not_freeze_at_its_deadline_is_stopped(start: Start) -
     shim.call("lease", deadline_ns=deadline)
     assert shim.wait_event("expired")["deadline_ns"] == deadline
     assert shim.status()["stopped"]
-    stopped = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    assert stopped == "T"
+    wait_stopped(pid)
     shim.call("lease", deadline_ns=0)
     status = shim.status()
     assert not status["stopped"]
