@@ -6,11 +6,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.shim import write_ramdisk
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -41,3 +44,28 @@ def standin_kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = ["gcc", "-O2", "-static", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(source)]
     subprocess.run(command, check=True, timeout=120)
     return program
+
+
+@pytest.fixture(scope="session")
+def guest_kernel() -> Path:
+    """The guest's kernel: `$MOBI_KERNEL`, else what `kernel/uml/build.py` built; skips if there is none."""
+    wanted = os.environ.get("MOBI_KERNEL")
+    if wanted:
+        return Path(wanted)
+    command = [sys.executable, str(REPOSITORY / "kernel/uml/build.py"), "--print-path"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    if found.returncode:
+        pytest.skip("the guest's kernel is not built (kernel/uml/build.py)")
+    return Path(found.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def checker_ramdisk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An initial RAM disk with `guest/shim_init.c` as its only program."""
+    directory = tmp_path_factory.mktemp("checker")
+    program = directory / "init"
+    source = Path(__file__).parent / "guest/shim_init.c"
+    command = ["gcc", "-O2", "-static", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(source)]
+    subprocess.run(command, check=True, timeout=120)
+    write_ramdisk(program, directory / "initrd")
+    return directory / "initrd"

@@ -4,8 +4,10 @@
  * time, and takes commands, one per line, on the console. What comes in on /dev/ttyS0 goes back in capitals.
  *
  *	count		-> count N bad M	rounds so far, wrong words seen
+ *	disk		-> disk N		a byte written to /dev/vda and read back, past the cache; -1: it failed
  *	poweroff, reboot, panic
  */
+#define _GNU_SOURCE
 #include <ctype.h>
 #include <fcntl.h>
 #include <stdint.h>
@@ -64,6 +66,22 @@ static void echo_serial(int fd)
 	exit(0);
 }
 
+static int try_disk(void)
+{
+	static unsigned char block[4096] __attribute__((aligned(4096)));
+	static unsigned char value;
+	int fd = open("/dev/vda", O_RDWR | O_DIRECT), found = -1;
+
+	block[0] = ++value;
+	if (fd < 0 || pwrite(fd, block, sizeof(block), 0) != sizeof(block) || fsync(fd) < 0)
+		return -1;
+	block[0] = 0;
+	if (pread(fd, block, sizeof(block), 0) == sizeof(block))
+		found = block[0];
+	close(fd);
+	return found;
+}
+
 int main(void)
 {
 	struct shared *shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -87,6 +105,8 @@ int main(void)
 		if (strcmp(line, "count\n") == 0)
 			printf("count %llu bad %llu\n", (unsigned long long)shared->rounds,
 				(unsigned long long)shared->bad);
+		else if (strcmp(line, "disk\n") == 0)
+			printf("disk %d\n", try_disk());
 		else if (strcmp(line, "poweroff\n") == 0)
 			reboot(RB_POWER_OFF);
 		else if (strcmp(line, "reboot\n") == 0)
