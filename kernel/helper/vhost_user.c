@@ -320,7 +320,7 @@ static const char *set_ring_fd(struct vhost_user *server)
 {
 	const uint64_t number = server->message.payload.number;
 	const unsigned index = number & RING_INDEX_MASK;
-	struct ring *ring = &server->rings[index];
+	struct ring *ring = &server->rings[index < VHOST_USER_MAX_QUEUES ? index : 0];
 	int fd = -1;
 
 	if (server->message.header.size != 8 || index >= server->device->queues)
@@ -619,7 +619,7 @@ static int listen_at(const char *path)
 		errno = ENAMETOOLONG;
 		return -1;
 	}
-	strcpy(address.sun_path, path);
+	memcpy(address.sun_path, path, strlen(path) + 1);
 	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (fd < 0)
 		return -1;

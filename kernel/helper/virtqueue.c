@@ -247,74 +247,70 @@ bool virtqueue_want_kicks(struct virtqueue *queue)
 	return virtqueue_available(queue) > 0;
 }
 
+/* What is left of a range of bytes in pieces. */
+struct cursor {
+	const struct iovec *iov;
+	unsigned count;
+	size_t offset, length;
+};
+
+static bool next_piece(struct cursor *cursor, struct iovec *piece)
+{
+	for (; cursor->count && cursor->length; cursor->iov++, cursor->count--) {
+		size_t n = cursor->iov->iov_len;
+
+		if (cursor->offset >= n) {
+			cursor->offset -= n;
+			continue;
+		}
+		n -= cursor->offset;
+		if (n > cursor->length)
+			n = cursor->length;
+		*piece = (struct iovec){(uint8_t *)cursor->iov->iov_base + cursor->offset, n};
+		cursor->offset += n;
+		cursor->length -= n;
+		return true;
+	}
+	return false;
+}
+
 unsigned iov_slice(const struct iovec *iov, unsigned count, size_t offset, size_t length, struct iovec *slice)
 {
+	struct cursor cursor = {iov, count, offset, length};
 	unsigned pieces = 0;
 
-	for (unsigned i = 0; i < count && length; i++) {
-		size_t n = iov[i].iov_len;
-
-		if (offset >= n) {
-			offset -= n;
-			continue;
-		}
-		n = n - offset < length ? n - offset : length;
-		slice[pieces++] = (struct iovec){(uint8_t *)iov[i].iov_base + offset, n};
-		length -= n;
-		offset = 0;
-	}
+	while (next_piece(&cursor, &slice[pieces]))
+		pieces++;
 	return pieces;
-}
-
-/* One piece at a time, so that no array of the chain's length is needed. */
-static inline size_t iov_each(const struct iovec *iov, unsigned count, size_t offset, size_t length,
-	void (*run)(void *piece, size_t size, size_t done, void *context), void *context)
-{
-	size_t done = 0;
-
-	for (unsigned i = 0; i < count && done < length; i++) {
-		struct iovec piece;
-
-		if (offset >= iov[i].iov_len) {
-			offset -= iov[i].iov_len;
-			continue;
-		}
-		iov_slice(&iov[i], 1, offset, length - done, &piece);
-		run(piece.iov_base, piece.iov_len, done, context);
-		done += piece.iov_len;
-		offset = 0;
-	}
-	return done;
-}
-
-static void copy_out(void *piece, size_t size, size_t done, void *to)
-{
-	memcpy((uint8_t *)to + done, piece, size);
-}
-
-static void copy_in(void *piece, size_t size, size_t done, void *from)
-{
-	memcpy(piece, (const uint8_t *)from + done, size);
-}
-
-static void clear(void *piece, size_t size, size_t done, void *context)
-{
-	(void)done;
-	(void)context;
-	memset(piece, 0, size);
 }
 
 size_t iov_read(const struct iovec *iov, unsigned count, size_t offset, void *to, size_t length)
 {
-	return iov_each(iov, count, offset, length, copy_out, to);
+	struct cursor cursor = {iov, count, offset, length};
+	struct iovec piece;
+	size_t done = 0;
+
+	for (; next_piece(&cursor, &piece); done += piece.iov_len)
+		memcpy((uint8_t *)to + done, piece.iov_base, piece.iov_len);
+	return done;
 }
 
 size_t iov_write(const struct iovec *iov, unsigned count, size_t offset, const void *from, size_t length)
 {
-	return iov_each(iov, count, offset, length, copy_in, (void *)(uintptr_t)from);
+	struct cursor cursor = {iov, count, offset, length};
+	struct iovec piece;
+	size_t done = 0;
+
+	for (; next_piece(&cursor, &piece); done += piece.iov_len)
+		memcpy(piece.iov_base, (const uint8_t *)from + done, piece.iov_len);
+	return done;
 }
 
 void iov_fill(const struct iovec *iov, unsigned count, size_t offset, size_t length)
 {
-	iov_each(iov, count, offset, length, clear, NULL);
+	struct cursor cursor = {iov, count, offset, length};
+	struct iovec piece;
+
+	while (next_piece(&cursor, &piece))
+		memset(piece.iov_base, 0, piece.iov_len);
 }

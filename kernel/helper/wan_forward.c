@@ -78,10 +78,14 @@ static void deliver(struct wan *wan, struct frame_item **items, unsigned count)
 			messages[n].msg_hdr.msg_iov = &iovs[n];
 			messages[n].msg_hdr.msg_iovlen = 1;
 		}
-		sent = port ? sendmmsg(port->fd, messages, n, MSG_DONTWAIT) : (int)n;
-		for (int i = 0; port && i < sent; i++) {
+		if (!port) { /* detached meanwhile */
+			done += n;
+			continue;
+		}
+		sent = sendmmsg(port->fd, messages, n, MSG_DONTWAIT);
+		for (int i = 0; i < sent; i++) {
 			port->tx_frames++;
-			port->tx_bytes += iovs[i].iov_len - sizeof(struct virtio_net_hdr);
+			port->tx_bytes += messages[i].msg_len - sizeof(struct virtio_net_hdr);
 		}
 		if (sent <= 0) { /* the first one is not wanted: too long, or no room; the others may pass */
 			port->tx_dropped++;
