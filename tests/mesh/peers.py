@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -32,15 +33,22 @@ class PeerProcess:
         self.directory = base / name
         self.runtime = base / "run"
         self.process: subprocess.Popen[str] | None = None
+        self.prefix: list[str] = []
+        """A program that starts the peer in surroundings of its own."""
 
     @property
     def environment(self) -> dict[str, str]:
         return {**os.environ, "XDG_RUNTIME_DIR": str(self.runtime), "PYTHONPATH": str(REPOSITORY)}
 
+    @property
+    def socket(self) -> Path:
+        digest = hashlib.sha256(str(self.directory.resolve()).encode()).hexdigest()[:12]
+        return self.runtime / digest / "mobid.sock"
+
     def command(self, *more: str) -> list[str]:
         listen = [] if "--listen" in more else ["--listen", "127.0.0.1:0"]
         base = [sys.executable, "-m", "mobid", "run", "--dir", str(self.directory), "--name", self.name]
-        return [*base, *listen, *more]
+        return [*self.prefix, *base, *listen, *more]
 
     def launch(self, *more: str, token: str | None = None) -> None:
         """Begin the process, without waiting for it."""
@@ -99,7 +107,7 @@ class PeerProcess:
     @asynccontextmanager
     async def client(self) -> AsyncGenerator[rpc.Client, None]:
         """A connection to its unix socket, as its owner."""
-        stream = await trio.open_unix_socket(os.readlink(self.directory / "run") + "/mobid.sock")
+        stream = await trio.open_unix_socket(str(self.socket))
         client = rpc.Client(stream, self.name)
         async with background(client.run):
             yield client

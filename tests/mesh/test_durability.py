@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+from pathlib import Path
 
 import pytest
 import trio
@@ -142,3 +144,40 @@ async def test_a_torn_tail_is_cut_and_damage_is_refused_with_its_place(mesh: Mes
     said = tokyo.fails()
     assert f"{path} is damaged at byte" in said
     assert path.read_bytes() == damaged
+
+
+async def test_a_full_disk_is_named_and_the_peer_goes_on_once_there_is_room(mesh: Mesh) -> None:
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+        pytest.skip("user namespaces are not allowed here")
+    tokyo = mesh.peer("tokyo")
+    tokyo.directory.mkdir()
+    small = f'mount -t tmpfs -o size=256k small {tokyo.directory} && exec "$@"'
+    tokyo.prefix = ["unshare", "-Urm", "sh", "-c", small, "sh"]
+    await tokyo.start()
+    assert tokyo.process is not None
+    inside = Path(f"/proc/{tokyo.process.pid}/root{tokyo.directory}")
+    filler = inside / "filler"
+    with pytest.raises(OSError, match="No space left"):
+        filler.write_bytes(b"x" * (1 << 20))
+    made = await fill(tokyo)
+    assert len(await tokyo.ask("peer.token.ls")) == made
+    filler.unlink()
+    await make_tokens(tokyo, 3)
+    assert len(await tokyo.ask("peer.token.ls")) == made + 3
+    kept = log.scan((inside / "catalog.log").read_bytes(), "catalog.log")
+    assert len(kept.records) == (await tokyo.ask("status"))["commit_index"]
+    assert kept.end == (inside / "catalog.log").stat().st_size
+    assert await tokyo.end() == 0
+
+
+async def fill(peer: PeerProcess) -> int:
+    """Make tokens until the disk is full; how many were acknowledged."""
+    async with peer.client() as client:
+        for count in range(100):
+            try:
+                await client.call("peer.token.new")
+            except OperationError as error:
+                if (error.code, error.hint) == ("no-room", "make room on the disk"):
+                    return count
+                raise
+    raise AssertionError("the disk was never full")
