@@ -17,6 +17,8 @@ import sys
 import time
 from collections.abc import Callable
 
+MARK = b"mobi"
+
 
 def say(value: object) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
@@ -85,6 +87,31 @@ def datagrams(address: str, number: str) -> None:
         sender.sendto(b"x" * 100, (address, 7009))
 
 
+def frames_out(interface: str, to: str, sender: str, protocol: str, number: str) -> None:
+    ethernet = bytes.fromhex(to + sender) + b"\x08\x00"
+    header = bytes(9) + bytes([int(protocol)]) + bytes(10)
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+        raw.bind((interface, 0))
+        for i in range(int(number)):
+            raw.send(ethernet + header + MARK + i.to_bytes(4, "big") + bytes(50))
+
+
+def frames_in(interface: str) -> None:
+    numbers: list[int] = []
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003)) as raw:
+        raw.setsockopt(263, 23, 1)  # SOL_PACKET, PACKET_IGNORE_OUTGOING
+        raw.bind((interface, 0x0003))
+        say("ready")
+        raw.settimeout(5)
+        try:
+            while frame := raw.recv(2000):
+                if frame[34:38] == MARK:
+                    numbers.append(int.from_bytes(frame[38:42], "big"))
+                    raw.settimeout(1)
+        except TimeoutError:
+            say(numbers)
+
+
 PROGRAMS: dict[str, Callable[..., None]] = {
     "echo-server": echo_server,
     "echo": echo,
@@ -92,6 +119,8 @@ PROGRAMS: dict[str, Callable[..., None]] = {
     "source": source,
     "count": count,
     "datagrams": datagrams,
+    "frames-out": frames_out,
+    "frames-in": frames_in,
 }
 
 if __name__ == "__main__":
