@@ -63,6 +63,8 @@ class Guests:
         self.around = Surroundings(helpers, ports, config.guests, config.runtime)
         self.processor = host.processor()
         self.clock = clock
+        self.adopted = trio.Event()
+        """Set once the guests of an earlier process were taken back."""
         self._keepers: dict[str, Keeper] = {}
         self._nursery: trio.Nursery | None = None
         self._admission = trio.Lock()
@@ -73,6 +75,7 @@ class Guests:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             await self._adopt_all()
+            self.adopted.set()
             state = self.catalog.state
             self._look(state, State())
             async for _, _, new in self.catalog.changes(after=state.index):

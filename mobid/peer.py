@@ -37,6 +37,9 @@ from mobid.images import Images
 from mobid.labs import Labs
 from mobid.links import Links
 from mobid.mesh import Mesh
+from mobid.migrate import Migrations
+from mobid.migration_notes import Notes
+from mobid.migration_shell import NoMoves, Surroundings
 from mobid.operations import Operations, Request, operation
 from mobid.rpc import ServedRequest
 from mobid.server import Server, open_tcp, open_unix
@@ -201,9 +204,24 @@ class Peer:
         self._shutdown.append(self.guests.end_all)
         self._closing.append(self.guests.close)
         vms = GuestOperations(self.guests, self.catalog, self.images, self.links)
-        for part in (self.images, vms, Labs(self.catalog, self.images, self.links)):
+        self.migrations = Migrations(
+            Surroundings(
+                identity=self.identity,
+                catalog=self.catalog,
+                links=self.links,
+                events=self.events,
+                helpers=self.helpers,
+                guests=self.guests,
+                moves=NoMoves(),
+                notes=Notes(self.config.path("migrations")),
+                sockets=self.config.runtime,
+                logs=self.config.path("pages.log"),
+            )
+        )
+        for part in (self.images, vms, Labs(self.catalog, self.images, self.links), self.migrations):
             self.operations.add(part)
         nursery.start_soon(self.guests.run)
+        nursery.start_soon(self.migrations.run)
 
     async def _keep_membership(self) -> None:
         """Tell the mesh where this peer is and what its host has; end when it is no member any more."""

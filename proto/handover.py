@@ -197,7 +197,7 @@ class Source(_Machine):
 
     def _begin(self, _event: Event, _now: float) -> list[Effect]:
         self.state = SourceState.PREPARING
-        return []
+        return [Prepare()]
 
     def _adopted(self, event: Event, now: float) -> list[Effect]:
         assert isinstance(event, Adopted)

@@ -170,7 +170,10 @@ class CopyLost:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Start process, devices and streams; then `Prepared`, or `Abort`."""
+    """Source: ask the destination to prepare. Destination: start process, devices and streams.
+
+    Then `Prepared`, or `Abort`.
+    """
 
 
 @dataclass(frozen=True)

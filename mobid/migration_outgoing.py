@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source's side of a live migration: the machine `Source` carried out on a real guest.
+
+Before the handover is opened nothing of the guest is touched. Then the destination is asked to prepare, over
+a request that lasts as long as the migration and brings back what happens there; passes run until
+`proto/precopy.py` says that it is time; the guest is frozen, and the last difference goes out with the
+release behind it. From then on the log decides. The frozen copy is hashed in full, compared with what was
+sent, and removed once the destination's copy is durable.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+import trio
+
+from mobid import bulk
+from mobid.clocks import Offset, match_clocks
+from mobid.guest import LocalGuest
+from mobid.helpers import HelperError
+from mobid.migration_shell import Frames, Shell, Surroundings
+from mobid.page_stream import PageStream, changed_bytes, pass_record, regions_of
+from proto import entries
+from proto import handover_events as ev
+from proto.agent import AgentError
+from proto.api import OperationError
+from proto.handover import Source, SourceState
+from proto.precopy import GiveUp, Pass, Policy, Precopy, Stall, SwitchOver
+
+PREPARE_TIMEOUT = 600.0
+"""Seconds for the destination to prepare; it may have to fetch an image."""
+FREEZE_TIMEOUT = 10.0
+PROBE_TIMEOUT = 2.0
+DURABLE_TIMEOUT = 120.0
+CLOCK_TIMEOUT = 5.0
+SETTLED_WAIT = 30.0
+"""Seconds that `finish` waits for measurements of a guest that runs already."""
+VERIFY_PATIENCE = 10.0
+SWITCH_COST = 0.004
+"""Seconds that a switch takes with nothing left to send: freeze, resume, devices."""
+COMPARE_RATE = 8e9
+"""Bytes/s at which a frozen memory is compared, with two processors."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What `vm migrate` was asked for. Seconds, bytes/s."""
+
+    downtime: float = 0.05
+    bandwidth: int = 0
+    deadline: float = 60.0
+    cold: bool = False
+    on_stall: Stall = "accept"
+
+
+@dataclass
+class Measured:
+    """What is known of a migration so far. Times are this host's monotonic clock, ns."""
+
+    began: float = field(default_factory=time.monotonic)
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    begun_ns: int | None = None
+    running_ns: int | None = None
+    clock: Offset | None = None
+    guest_gap_ns: int | None = None
+    guest_clock: list[Any] | None = None
+    probed: bool = False
+    final: dict[str, Any] | None = None
+    frames: Frames = field(default_factory=lambda: Frames(0, 0))
+    verified: str = "pending"
+    total: float | None = None
+
+
+class Outgoing(Shell):
+    """One guest on its way from here. `local` is None if its processes were lost."""
+
+    machine: Source
+
+    def __init__(
+        self,
+        around: Surroundings,
+        migration: entries.Migration,
+        local: LocalGuest | None,
+        wishes: Wishes,
+    ) -> None:
+        super().__init__(around, migration, Source(migration))
+        self.local = local
+        self.wishes = wishes
+        self.measured = Measured()
+        self._stream: PageStream | None = None
+        self._key = secrets.token_bytes(32)
+        self._verified = trio.Event()
+
+    async def perform(self, effect: ev.Effect) -> None:
+        """Carry out an effect of the source's machine."""
+        match effect:
+            case ev.Prepare():
+                self.soon(self._converse)
+            case ev.Freeze():
+                self.soon(self._freeze)
+            case ev.SendFinal():
+                self.soon(self._send_final)
+            case ev.Thaw():
+                await self._thaw()
+            case ev.CancelStream():
+                if self._stream is not None:
+                    await self._stream.cancel()
+            case ev.Discard():
+                await self._discard()
+
+    # Everything that needs no freeze.
+
+    async def _converse(self) -> None:
+        """The request that lasts as long as the migration; what goes wrong in it is told to the machine."""
+        to, source = self.migration.destination, self.migration.source
+        try:
+            await self._report_migrating()
+            arguments = await self._preparation()
+            async with self.around.links.stream(to, "migration.prepare", arguments) as stream:
+                with trio.move_on_after(PREPARE_TIMEOUT) as patience:
+                    async for item in stream:
+                        if "ready" in item:
+                            patience.deadline = float("inf")
+                        await self._heard(item)
+                if patience.cancelled_caught:
+                    raise OperationError("timeout", "the destination was not ready in time")
+                await stream.result()
+        except (OperationError, HelperError) as error:
+            log.info("migration.conversation.ended", id=self.migration.id, reason=error.message, peer=source)
+            self.feed(ev.Abort(error.message))
+
+    async def _report_migrating(self) -> None:
+        """For people only: the guest's state in lists."""
+        m = self.migration
+        with suppress(OperationError):
+            await self.around.catalog.propose(
+                entries.Report(guest=m.guest, owner=m.source, epoch=m.epoch, state="migrating")
+            )
+
+    async def _preparation(self) -> dict[str, Any]:
+        local = self._present()
+        regions = await regions_of(local)
+        sizes = regions.sizes
+        regions.close()
+        return {
+            "migration": self.migration.id,
+            "kernel": local.record.kernel,
+            "key": self._key,
+            "memory": sizes[0],
+            "disks": sizes[1:],
+        }
+
+    def _present(self) -> LocalGuest:
+        if self.local is None or self.local.shim is None:
+            raise OperationError("failed", f"{self.migration.guest} has no processes any more")
+        return self.local
+
+    async def _heard(self, item: dict[str, Any]) -> None:
+        """Something happened at the destination."""
+        if "expecting" in item:
+            self.say(stage="connecting")
+            self.soon(self._connect)
+        elif "ready" in item:
+            self.feed(ev.Prepared())
+            self.soon(self._copy)
+        elif "started" in item:
+            self._take_started(item["started"])
+        elif "stage" in item:
+            self.say(stage=str(item["stage"]))
+
+    async def _connect(self) -> None:
+        """Our end of the stream."""
+        try:
+            local = self._present()
+            control = self.around.sockets / f"{self.migration.id[:12]}.out"
+            self._stream = await PageStream.start(self.around.helpers, control, self.around.logs)
+            regions = await regions_of(local)
+            opening = bulk.preamble(bytes.fromhex(self.migration.id))
+            connection = await self.around.links.bulk(self.migration.destination, opening)
+            self.soon(self._watch_stream)
+            await self._stream.connect(
+                "send",
+                connection,
+                migration=self.migration.id,
+                key=self._key,
+                regions=regions,
+                bandwidth=self.wishes.bandwidth,
+            )
+        except (OperationError, HelperError) as error:
+            self.feed(ev.StreamBroken(error.message))
+
+    async def _watch_stream(self) -> None:
+        assert self._stream is not None
+        async for event in self._stream.events("broken", "progress"):
+            if event["event"] == "progress":
+                self.say(**{k: event[k] for k in ("pass", "done_bytes", "total_bytes")})
+            else:
+                self.feed(ev.StreamBroken(str(event["message"])))
+        self.feed(ev.StreamBroken("the process that sends has ended"))
+
+    # Passes.
+
+    async def _copy(self) -> None:
+        """Pre-copy until it is time to switch."""
+        try:
+            await self._match_clocks()
+            for disk in self._present().disks:
+                await disk.track(True)
+            if not self.wishes.cold:
+                reason = await self._passes()
+                if reason is not None:
+                    self.feed(ev.Abort(reason))
+                    return
+            await self._reset_probe()
+        except (OperationError, HelperError) as error:
+            self.feed(ev.StreamBroken(error.message))
+            return
+        self.say(stage="switching")
+        self.feed(ev.Switch())
+
+    async def _passes(self) -> str | None:
+        """Passes until the switch is due; a reason if it never will be."""
+        assert self._stream is not None
+        memory = self._present().record.memory
+        precopy = Precopy(
+            Policy(
+                target=self.wishes.downtime,
+                fixed_cost=SWITCH_COST + memory / COMPARE_RATE,
+                deadline=self.measured.began + self.wishes.deadline,
+                on_stall=self.wishes.on_stall,
+                bandwidth=float(self.wishes.bandwidth),
+            )
+        )
+        while True:
+            done = await self._stream.run_pass()
+            made = Pass(changed_bytes(done), int(done["sent_bytes"]), float(done["duration"]))
+            decision = precopy.decide(made, time.monotonic())
+            seen = max(p.sent / max(p.duration, 1e-6) for p in precopy.passes)
+            record = pass_record(done, self.measured.passes, seen)
+            self.measured.passes.append(record)
+            self.say(**{"pass": len(precopy.passes), **record})
+            if isinstance(decision, SwitchOver):
+                return None
+            if isinstance(decision, GiveUp):
+                return decision.reason
+
+    async def _match_clocks(self) -> None:
+        async def ask() -> int:
+            reading = await self.around.links.call(
+                self.migration.destination, "migration.clock", timeout=CLOCK_TIMEOUT
+            )
+            return int(reading["monotonic_ns"])
+
+        with suppress(OperationError):
+            self.measured.clock = await match_clocks(ask)
+
+    async def _reset_probe(self) -> None:
+        """Let the guest forget the largest hole in its clock so far, if its agent answers."""
+        agent = self._present().agent
+        if agent is None or not agent.is_ready:
+            return
+        with suppress(AgentError):
+            await agent.probe(timeout=PROBE_TIMEOUT, reset=True)
+            self.measured.probed = True
+
+    # The switch.
+
+    async def _freeze(self) -> None:
+        guest = self.migration.guest
+        try:
+            local = self._present()
+            assert local.shim is not None
+            await self.around.moves.hold(guest)
+            reply, _ = await local.shim.call(
+                "freeze", timeout=FREEZE_TIMEOUT + 5, timeout_ms=int(FREEZE_TIMEOUT * 1000)
+            )
+        except (OperationError, HelperError) as error:
+            await self._thaw()
+            self.feed(ev.FreezeFailed(error.message))
+            return
+        self.measured.begun_ns = int(reply["begun_ns"])
+        self.feed(ev.Frozen())
+
+    async def _send_final(self) -> None:
+        assert self._stream is not None
+        try:
+            reply = await self._stream.final()
+        except HelperError as error:
+            log.warning("migration.final.failed", id=self.migration.id, reason=error.message)
+            self.feed(ev.Sent("maybe" if error.code in ("gone", "timeout") else "no"))
+            return
+        self.measured.final = reply
+        self.feed(ev.Sent(reply["released"]))
+        if reply["released"] == "yes" and reply["match"]:
+            self.soon(self._redirect)
+            self.soon(self._verify)
+
+    async def _redirect(self) -> None:
+        m = self.migration
+        try:
+            await self.around.moves.redirect(m.guest, m.destination, m.epoch + 1)
+            self.measured.frames = await self.around.moves.frames(m.guest)
+        except (OperationError, HelperError) as error:
+            log.warning("migration.frames.stay", id=m.id, reason=error.message)
+
+    async def _verify(self) -> None:
+        """Hash the frozen copy in full; it must be what was sent. Not while the other side starts."""
+        assert self._stream is not None
+        await self.until(self._has_moved, VERIFY_PATIENCE)
+        try:
+            self.measured.verified = "ok" if await self._stream.verify() else "mismatch"
+        except HelperError as error:
+            log.warning("migration.not.verified", id=self.migration.id, reason=error.message)
+        if self.measured.verified == "mismatch":
+            self.around.events.emit("migration.mismatch", id=self.migration.id, guest=self.migration.guest)
+        self._verified.set()
+
+    def _has_moved(self) -> bool:
+        return self.measured.total is not None or self.machine.state == SourceState.KEPT
+
+    async def _thaw(self) -> None:
+        """The guest goes on here; one that never stopped takes no notice."""
+        local = self.local
+        if local is not None and local.shim is not None:
+            status: dict[str, Any] = {}
+            with suppress(HelperError):
+                status, _ = await local.shim.call("status")
+            if status.get("state") == "frozen":
+                try:
+                    await local.shim.call("thaw", timeout=FREEZE_TIMEOUT)
+                except HelperError as error:
+                    # Its keeper tries again as soon as it has the guest back.
+                    log.error("migration.thaw.failed", id=self.migration.id, reason=error.message)
+        with suppress(OperationError, HelperError):
+            await self.around.moves.unhold(self.migration.guest)
+
+    # After the release.
+
+    def _take_started(self, started: dict[str, Any]) -> None:
+        """The destination tells when the guest ran, by its own clock."""
+        self.measured.total = time.monotonic() - self.measured.began
+        self.changed.set()
+        if self.measured.clock is not None:
+            self.measured.running_ns = self.measured.clock.to_ours(int(started["running_ns"]))
+
+    async def send(self, peer: str, message: object) -> None:
+        """Settle, or ask whether the copy is durable."""
+        args = {"migration": self.migration.id}
+        try:
+            if isinstance(message, ev.AskDurable):
+                await self.around.links.call(peer, "migration.durable", args, timeout=DURABLE_TIMEOUT)
+                self.feed(ev.Durable(self.migration.id))
+            elif isinstance(message, ev.Settle):
+                await self.around.links.call(peer, "migration.settle", args)
+        except OperationError as error:
+            log.info("migration.message.lost", id=self.migration.id, reason=error.message)
+
+    async def _discard(self) -> None:
+        """The destination's copy is durable; ours may go, once it has been verified and measured."""
+        with trio.move_on_after(SETTLED_WAIT):
+            if self.measured.final is not None:
+                await self._verified.wait()
+        with trio.move_on_after(SETTLED_WAIT):
+            await self._probe()
+        if self.local is not None:
+            await self.around.guests.release_outgoing(self.local)
+
+    async def _probe(self) -> None:
+        """The largest hole in the guest's clock, as the guest itself saw it."""
+        if not self.measured.probed:
+            return
+        try:
+            probe = await self.around.links.call(
+                self.migration.destination, "migration.probe", {"migration": self.migration.id}, timeout=20.0
+            )
+        except OperationError as error:
+            log.info("migration.not.probed", id=self.migration.id, reason=error.message)
+            return
+        self.measured.guest_gap_ns = int(probe["largest_gap_ns"])
+        self.measured.guest_clock = probe.get("samples")
+
+    async def finish(self, over: ev.Over) -> None:
+        """Give the guest back to its keeper unless it is gone."""
+        if over.outcome != "done" and self.local is not None:
+            await self.around.guests.unhold(self.local)
+        self.around.events.emit(
+            "migration.ended",
+            id=self.migration.id,
+            guest=self.migration.guest,
+            to=self.migration.destination,
+            outcome=over.outcome,
+            reason=over.reason,
+        )
+
+    async def close(self) -> None:
+        """End the sending process."""
+        if self._stream is not None:
+            await self._stream.close()
+
+    # The record.
+
+    def record(self) -> dict[str, Any]:
+        """As `vm migrate --json` (contracts); what was not measured is None."""
+        state, m, measured = self.around.catalog.state, self.migration, self.measured
+        done = self.over is not None and self.over.outcome == "done"
+        sent = sum(p["sent_bytes"] for p in measured.passes)
+        final = measured.final or {}
+        return {
+            "vm": m.guest.partition("/")[2],
+            "from": state.peer_name(m.source),
+            "to": state.peer_name(m.destination),
+            "mode": "cold" if self.wishes.cold else "precopy",
+            "ok": done,
+            "passes": measured.passes,
+            "total_s": measured.total or time.monotonic() - measured.began,
+            "downtime_ms": self._downtime() if done else dict.fromkeys(DOWNTIMES),
+            "sent_bytes": sent + int(final.get("sent_bytes", 0)),
+            "residue_bytes": changed_bytes(final) if final else None,
+            "frames_held": measured.frames.held,
+            "frames_lost": measured.frames.lost,
+            "verified": measured.verified,
+            "epoch": state.guests[m.guest].epoch if m.guest in state.guests else m.epoch,
+            "rolled_back": not done,
+            "reason": self.over.reason if self.over and not done else None,
+            "guest_clock": measured.guest_clock,
+        }
+
+    def _downtime(self) -> dict[str, float | None]:
+        measured, host = self.measured, None
+        if measured.begun_ns is not None and measured.running_ns is not None:
+            host = (measured.running_ns - measured.begun_ns) / 1e6
+        gap = measured.guest_gap_ns
+        uncertainty = measured.clock.uncertainty / 1e6 if measured.clock else None
+        figures = (host, gap / 1e6 if gap is not None else None, None, uncertainty)
+        return dict(zip(DOWNTIMES, figures, strict=True))
+
+
+DOWNTIMES = ("host", "guest", "network", "uncertainty")
