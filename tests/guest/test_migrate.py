@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Live migrations of real guests between real peers, and what is left when one fails at any step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from mobid.config import cache_directory
+from tests.guest.peers import PeerProcess, eventually
+
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
+
+Row = dict[str, Any]
+
+COUNTER = "while :; do echo >> /tmp/counter; sleep 0.002; done"
+
+
+@pytest.fixture
+async def mesh(tmp_path: Path, helper_binary: Path) -> AsyncIterator[list[PeerProcess]]:
+    """Two peers of one mesh; tokyo coordinates."""
+    cache = cache_directory()
+    for needed in (
+        cache / "images/mini/image.json",
+        *(() if os.environ.get("MOBI_KERNEL") else (cache / "kernel",)),
+    ):
+        if not needed.exists():
+            pytest.skip(f"{needed} is not there (make setup builds it)")
+    environment = {"MOBI_HELPER": str(helper_binary)}
+    peers = [PeerProcess(tmp_path / name, name, environment) for name in ("tokyo", "virginia")]
+    async with AsyncExitStack() as stack:
+        for peer in peers:
+            await peer.start()
+            stack.push_async_callback(peer.stop)
+        token = await peers[0].call("peer.token.new", {})
+        await peers[1].call("peer.join", {"token": token["token"]})
+        await eventually(lambda: joined(peers[1]))
+        yield peers
+
+
+async def joined(peer: PeerProcess) -> bool:
+    try:
+        return bool(len(await peer.call("peer.ls")) == 2)
+    except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+        return False
+
+
+async def migrate(peer: PeerProcess, name: str, to: str, **more: Any) -> Row:
+    record: Row = await peer.call("vm.migrate", {"vm": name, "to": to, **more})
+    return record
+
+
+async def counter(peer: PeerProcess, name: str) -> int:
+    code, out, err = await peer.execute(name, "sh", "-c", "wc -l < /tmp/counter")
+    assert code == 0, err
+    return int(out)
+
+
+async def where(peer: PeerProcess, name: str) -> tuple[str, str, int]:
+    row = await peer.call("vm.show", {"vm": name})
+    return row["peer"], row["state"], row["epoch"]
+
+
+async def test_a_guest_moves_there_and_back_while_it_works(mesh: list[PeerProcess]) -> None:
+    tokyo, virginia = mesh
+    await tokyo.call("vm.run", {"image": "mini", "name": "one"})
+    make = "dd if=/dev/urandom of=/root/data bs=64k count=64 2>/dev/null; md5sum /root/data"
+    _, checksum, _ = await tokyo.execute("one", "sh", "-c", make)
+    await tokyo.execute("one", "sh", "-c", f"({COUNTER}) </dev/null >/dev/null 2>&1 & echo started")
+    _, boot, _ = await tokyo.execute("one", "cat", "/proc/sys/kernel/random/boot_id")
+    for number, (source, target) in enumerate([(tokyo, virginia), (virginia, tokyo)] * 2, 2):
+        before = await counter(source, "one")
+        record = await migrate(source, "one", target.name)
+        assert record["ok"], record
+        assert (record["from"], record["to"], record["epoch"]) == (source.name, target.name, number)
+        assert len(record["passes"]) >= 2
+        assert record["verified"] == "ok"
+        assert record["downtime_ms"]["host"] > 0
+        assert record["downtime_ms"]["guest"] is not None
+        assert record["downtime_ms"]["network"] is None
+        assert not record["rolled_back"]
+        assert await where(source, "one") == (target.name, "running", number)
+        after = await counter(target, "one")
+        assert after > before
+        assert await counter(target, "one") > after
+    assert (await tokyo.execute("one", "cat", "/proc/sys/kernel/random/boot_id"))[1] == boot
+    assert (await tokyo.execute("one", "md5sum", "/root/data"))[1] == checksum
+    assert await eventually(lambda: nothing_left(virginia))
+
+
+async def nothing_left(peer: PeerProcess) -> bool:
+    return not any((peer.directory / "guests").iterdir()) and not any(
+        (peer.directory / "migrations").iterdir()
+    )
