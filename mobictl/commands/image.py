@@ -11,11 +11,9 @@ from mobictl.tables import Column
 app = application("Images: what guests are made of.")
 
 COLUMNS = (
-    Column("IMAGE", "name"),
+    Column("IMAGE", "image"),
     Column("SIZE", "size", tables.size, right=True),
-    Column("PEERS", "peers", tables.joined),
-    Column("RECIPE", "recipe"),
-    Column("HASH", "root_sha256", lambda value: str(value)[:12]),
+    Column("HASH", "hash", lambda value: str(value)[:16]),
 )
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +20,10 @@ from mobictl.progress import reporting
 from mobictl.session import Session
 from mobictl.tables import Column
 from proto import api
+from proto.api import OperationError
 from proto.lab import lab_schema
 from proto.labcheck import write_lab
+from proto.problems import Problem
 
 app = application("Labs: networks of guests from one file.")
 
@@ -29,8 +33,7 @@ LABS = (
     Column("LAB", "lab"),
     Column("GUESTS", "guests", right=True),
     Column("RUNNING", "running", right=True),
-    Column("NETWORKS", "networks", right=True),
-    Column("STATE", "state", tables.state),
+    Column("CREATED", "created", tables.moment),
     Column("SOURCE", "source"),
 )
 PLAN = (
@@ -48,9 +51,28 @@ NETWORKS = (
 )
 
 
-def _arguments(op: str, file: Path) -> api.LabFile:
-    lab, _ = load_lab_file(file)
-    return build(api.LabFile, op, lab=write_lab(lab), source=str(file.absolute()))
+def _ask(
+    session: Session, op: str, file: Path, on_item: Callable[[dict[str, Any]], None] | None = None
+) -> Any:
+    """Send a lab file; what a peer finds wrong with it is told with its place in the file."""
+    lab, document = load_lab_file(file)
+    source = str(file.absolute())
+    args = build(api.LabFile, op, lab=write_lab(lab), source=source)
+    try:
+        return session.call(op, args, timeout=UP_TIMEOUT, on_item=on_item)
+    except OperationError as error:
+        problems = located(error.message, source)
+        if not problems:
+            raise
+        raise document.error(problems) from None
+
+
+def located(message: str, source: str) -> list[Problem]:
+    """The problems in `SOURCE: topology.nodes.a.place: words; …`; none in other messages."""
+    if not message.startswith(f"{source}: "):
+        return []
+    parts = re.split(r"(?:^|; )(topology(?:\.[\w-]+|\[\d+\])*): ", message.removeprefix(f"{source}: "))
+    return [Problem(tuple(parts[n].split(".")), parts[n + 1]) for n in range(1, len(parts) - 1, 2)]
 
 
 @command(app, "validate")
@@ -68,7 +90,6 @@ def validate(session: Session, file: FileArgument) -> None:
 @command(app, "up")
 def up(session: Session, file: FileArgument) -> None:
     """Make a lab of a file and start its guests."""
-    args = _arguments("lab.up", file)
     with reporting(session, "lab up") as report:
         seen: dict[str, str] = {}
 
@@ -80,7 +101,7 @@ def up(session: Session, file: FileArgument) -> None:
                 seen[guest] = state
                 report.step(f"{guest}: {state}")
 
-        made = session.call("lab.up", args, timeout=UP_TIMEOUT, on_item=step)
+        made = _ask(session, "lab.up", file, step)
     session.show(made, f"{made['lab']} is up", guest_table(_rows(made)))
 
 
@@ -92,7 +113,7 @@ def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
 @command(app, "plan")
 def plan(session: Session, file: FileArgument) -> None:
     """Show what lab up would make and where, without making it."""
-    found = session.call("lab.plan", _arguments("lab.plan", file))
+    found = _ask(session, "lab.plan", file)
     session.show(found, tables.table(_rows(found), PLAN, "no guests"))
 
 

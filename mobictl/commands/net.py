@@ -17,15 +17,28 @@ from proto.units import format_percentage, format_rate, format_time
 
 app = application("Networks and links.")
 
+QUALITY = (
+    Column("DELAY", "delay", format_time, right=True),
+    Column("JITTER", "jitter", format_time, right=True),
+    Column("LOSS", "loss", format_percentage, right=True),
+    Column("RATE", "rate", format_rate, right=True),
+)
 COLUMNS = (
     Column("NETWORK", "network"),
     Column("ID", "id", right=True),
     Column("SUBNET", "subnet"),
     Column("MEMBERS", "members", tables.joined),
-    Column("DELAY", "delay", format_time, right=True),
-    Column("JITTER", "jitter", format_time, right=True),
-    Column("LOSS", "loss", format_percentage, right=True),
-    Column("RATE", "rate", lambda value: format_rate(value) if value else "–", right=True),
+    *QUALITY,
+)
+PORTS = (
+    Column("PORT", "endpoint"),
+    Column("PEER", "peer"),
+    Column("MAC", "mac"),
+    Column("ADDRESSES", "addresses", tables.joined),
+    *QUALITY,
+    Column("RX", "rx_bytes", tables.size, right=True),
+    Column("TX", "tx_bytes", tables.size, right=True),
+    Column("LOST", "lost_held", right=True),
 )
 
 
@@ -40,7 +53,9 @@ def ls(session: Session) -> None:
 def show(session: Session, network: Annotated[str, typer.Argument(metavar="[LAB:]NETWORK")]) -> None:
     """Show all about one network or link."""
     row = session.call("net.show", build(api.NetArguments, "net.show", network=network))
-    session.show(row, tables.page(row))
+    ports = [{**port, **(port.get("counters") or {})} for port in row.get("ports", [])]
+    facts = {key: value for key, value in row.items() if key != "ports"}
+    session.show(row, tables.page(facts), "", tables.table(ports, PORTS, "no ports"))
 
 
 @command(app, "impair")

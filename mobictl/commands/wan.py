@@ -73,7 +73,11 @@ def cut(session: Session, a: SiteA, b: SiteB) -> None:
 
 
 @command(app, "heal")
-def heal(session: Session) -> None:
-    """Undo all cuts."""
-    found = _ask(session, "wan.heal")
-    session.show(found, "all paths are open")
+def heal(
+    session: Session,
+    a: Annotated[str | None, typer.Argument(metavar="A", help="A site (default: all).")] = None,
+    b: Annotated[str | None, typer.Argument(metavar="B", help="Another site.")] = None,
+) -> None:
+    """Undo all cuts, or the one between two sites."""
+    found = _ask(session, "wan.heal", {key: site for key, site in (("a", a), ("b", b)) if site is not None})
+    session.show(found, _table(found["paths"]))
