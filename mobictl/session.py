@@ -88,9 +88,12 @@ class Session:
         if self.json:
             write_json(document)
         elif not self.quiet:
-            for renderable in renderables:
-                plain = isinstance(renderable, str | Text)
-                self.out.print(renderable, markup=False, soft_wrap=plain)
+            with self.out.capture() as captured:
+                for renderable in renderables:
+                    plain = isinstance(renderable, str | Text)
+                    self.out.print(renderable, markup=False, soft_wrap=plain)
+            sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+            sys.stdout.flush()
 
     def note(self, text: str) -> None:
         """A line about the work, for people."""

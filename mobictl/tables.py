@@ -125,6 +125,7 @@ _FORMS: dict[str, Callable[[Any], str | Text]] = {
     "time": moment,
     "expires": moment,
     "created": moment,
+    "started": moment,
     "joined": moment,
     "rtt_ms": milliseconds,
 }
@@ -134,7 +135,7 @@ def page(document: Mapping[str, Any]) -> Table:
     """One thing, a line for each of its keys."""
     made = Table(box=None, show_header=False, pad_edge=False)
     made.add_column(style="bold", no_wrap=True)
-    made.add_column(overflow="fold")
+    made.add_column(overflow="fold", max_width=100)
     for key, value in document.items():
         if value is None or value in ("", [], {}, ()):
             continue
