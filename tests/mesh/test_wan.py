@@ -172,6 +172,22 @@ def test_wrong_files(tmp_path: Path, text: str, words: str) -> None:
     assert not (tmp_path / "w").exists(), "nothing is made for a file that is wrong"
 
 
+def test_forbidden_user_namespaces(tmp_path: Path) -> None:
+    """Where the host does not allow them, one line says so and what to do."""
+    (tmp_path / "wan.yaml").write_text(FILE)
+    nest = f"{sys.executable} -m mobid wan --dir {tmp_path}/wan --file {tmp_path}/wan.yaml"
+    script = f"echo 0 >/proc/sys/user/max_user_namespaces || exit 77; exec {nest}"
+    result = subprocess.run(
+        ["unshare", "-Ur", "sh", "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    if result.returncode == 77 or "unshare" in result.stderr:
+        pytest.skip(f"user namespaces cannot be tried here: {result.stderr}")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "user namespaces" in result.stderr
+    assert "sysctl -w user.max_user_namespaces=15000" in result.stderr
+
+
 def test_stop_ends_the_nest_and_nothing_else(nest: NestProcess) -> None:
     nest.serve("tokyo", "echo-server", "127.0.0.1")
     assert nest.call("stop") == {}

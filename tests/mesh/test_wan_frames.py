@@ -23,7 +23,7 @@ TCP, UDP = 6, 17
 
 
 class Rig:
-    """The helper in its namespace, `a1`, `b1`, `c1` attached; frames are sent and taken at `a0`, `b0`, `c0`."""
+    """The helper in its namespace, with `a1` to `c1` attached; frames go in and out at `a0` to `c0`."""
 
     def __init__(self, helper: HelperProcess) -> None:
         self.helper = helper
