@@ -100,7 +100,8 @@ static void end_guest(int how)
 	kill(-1, SIGKILL);
 	wait_for_everybody(500);
 	sync();
-	mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL);
+	if (mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL))
+		say("cannot make read-only", "/");
 	sync();
 	reboot(how);
 	say("cannot end", "the guest");
