@@ -205,7 +205,7 @@ def wait_for(
 def rekey(receiver: SwitchProcess, sender: SwitchProcess, mtu: int = 1500, port: int | None = None) -> bytes:
     """A new key for frames from `sender` to `receiver`; first where it is accepted, as mobid does it."""
     key, key_id = secrets.token_bytes(32), secrets.randbits(32)
-    receiver.call("peer_receive_key", peer=sender.number, key_id=key_id, key=key)
+    receiver.call("peer_receive_key", peer=sender.number, identity=sender.identity, key_id=key_id, key=key)
     sender.call(
         "peer_set",
         peer=receiver.number,
@@ -249,7 +249,7 @@ class Outsider:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.bind(("127.0.0.1", 0))
         self.socket.settimeout(10)
-        switch.call("peer_receive_key", peer=number, key_id=self.key_id, key=self.key)
+        switch.call("peer_receive_key", peer=number, identity=self.identity, key_id=self.key_id, key=self.key)
         switch.call(
             "peer_set",
             peer=number,

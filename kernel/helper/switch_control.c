@@ -137,12 +137,14 @@ static void op_peer_receive_key(void *context, struct control_request *request, 
 {
 	struct switch_state *sw = context;
 	uint32_t peer = 0, key_id = 0;
+	uint64_t identity;
 	uint8_t key[AEAD_KEY];
 
-	if (!get_u32(args, "peer", 1, TUNNEL_PEERS - 1, &peer) || !get_u32(args, "key_id", 0, UINT32_MAX, &key_id) ||
-		!control_bytes(args, "key", key, sizeof(key)))
+	if (!get_u32(args, "peer", 1, TUNNEL_PEERS - 1, &peer) ||
+		!control_u64(args, "identity", 1, UINT64_MAX, &identity) ||
+		!get_u32(args, "key_id", 0, UINT32_MAX, &key_id) || !control_bytes(args, "key", key, sizeof(key)))
 		return;
-	if (tunnel_receive_key(sw->tunnel, peer, key_id, key))
+	if (tunnel_receive_key(sw->tunnel, peer, identity, key_id, key))
 		control_error(request, peer_error(), "key %u of peer %u: %s", key_id, peer,
 			errno == EEXIST ? "the number is taken" : strerror(errno));
 	else
@@ -548,7 +550,7 @@ static void op_announce(void *context, struct control_request *request, const st
 const struct control_op switch_ops[] = {
 	{"listen", op_listen, "address port identity"},
 	{"peer_set", op_peer_set, "peer identity address port mtu key_id key"},
-	{"peer_receive_key", op_peer_receive_key, "peer key_id key"},
+	{"peer_receive_key", op_peer_receive_key, "peer identity key_id key"},
 	{"peer_remove", op_peer_remove, "peer"},
 	{"rtt", op_rtt, "peer rtt_us"},
 	{"lease", op_lease, "deadline_ns"},

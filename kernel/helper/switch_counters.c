@@ -19,6 +19,12 @@ static void pack_numbers(msgpack_packer *packer, const struct number *numbers, s
 	}
 }
 
+static void pack_mac(msgpack_packer *packer, const uint8_t mac[6])
+{
+	msgpack_pack_bin(packer, 6);
+	msgpack_pack_bin_body(packer, mac, 6);
+}
+
 static void pack_port(msgpack_packer *packer, const struct switch_port *port)
 {
 	static const char *const states[] = {"incoming", "running", "gone"};
@@ -29,6 +35,7 @@ static void pack_port(msgpack_packer *packer, const struct switch_port *port)
 	const struct number numbers[] = {
 		{"port", port->handle},
 		{"network", port->network->id},
+		{"epoch", port->epoch},
 		{"rx_frames", c->rx_frames},
 		{"rx_bytes", c->rx_bytes},
 		{"rx_dropped", c->rx_dropped},
@@ -54,8 +61,10 @@ static void pack_port(msgpack_packer *packer, const struct switch_port *port)
 	};
 	const size_t count = sizeof(numbers) / sizeof(numbers[0]);
 
-	msgpack_pack_map(packer, count + 4);
+	msgpack_pack_map(packer, count + 5);
 	pack_numbers(packer, numbers, count);
+	pack_str(packer, "mac");
+	pack_mac(packer, port->mac);
 	pack_str(packer, "state");
 	pack_str(packer, states[port->state]);
 	pack_str(packer, "output");
@@ -95,7 +104,7 @@ static void pack_peer(msgpack_packer *packer, const struct tunnel_peer *peer)
 	pack_numbers(packer, numbers, count);
 }
 
-static void pack_mac(msgpack_packer *packer, const struct table_entry *entry)
+static void pack_entry(msgpack_packer *packer, const struct table_entry *entry)
 {
 	const struct number numbers[] = {
 		{"network", entry->network}, {"peer", entry->peer}, {"epoch", entry->epoch}, {"told", entry->told}};
@@ -103,8 +112,7 @@ static void pack_mac(msgpack_packer *packer, const struct table_entry *entry)
 	msgpack_pack_map(packer, 5);
 	pack_numbers(packer, numbers, 4);
 	pack_str(packer, "mac");
-	msgpack_pack_bin(packer, 6);
-	msgpack_pack_bin_body(packer, entry->mac, 6);
+	pack_mac(packer, entry->mac);
 }
 
 /* A datagram has 64 KiB, so a list is given in pages: `first` is where to begin, `more` says that there is a next. */
@@ -120,7 +128,7 @@ static void put_macs(struct switch_state *sw, struct control_message *reply)
 	msgpack_pack_array(packer, count);
 	for (size_t i = 0; i < TABLE_BUCKETS && count; i++)
 		for (const struct table_entry *e = sw->table.buckets[i]; e && count; e = e->next, count--)
-			pack_mac(packer, e);
+			pack_entry(packer, e);
 }
 
 void switch_op_counters(void *context, struct control_request *request, const struct control_args *args)

@@ -315,7 +315,8 @@ int tunnel_peer_set(struct tunnel *tunnel, const struct tunnel_destination *to)
 	return 0;
 }
 
-int tunnel_receive_key(struct tunnel *tunnel, uint32_t handle, uint32_t key_id, const uint8_t key[AEAD_KEY])
+int tunnel_receive_key(
+	struct tunnel *tunnel, uint32_t handle, uint64_t identity, uint32_t key_id, const uint8_t key[AEAD_KEY])
 {
 	struct tunnel_peer *peer = peer_make(tunnel, handle);
 	struct tunnel_receive_key *made;
@@ -333,6 +334,7 @@ int tunnel_receive_key(struct tunnel *tunnel, uint32_t handle, uint32_t key_id, 
 		return -1;
 	}
 	made->id = key_id;
+	peer->identity = identity;
 	receive_key_free(peer->receive[TUNNEL_RECEIVE_KEYS - 1]);
 	memmove(peer->receive + 1, peer->receive, (TUNNEL_RECEIVE_KEYS - 1) * sizeof(peer->receive[0]));
 	peer->receive[0] = made;

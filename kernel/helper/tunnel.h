@@ -97,7 +97,8 @@ int tunnel_peer_set(struct tunnel *tunnel, const struct tunnel_destination *to);
  * A key given to that peer. Older ones end 60 s later, or 2 s after the new one was used first. Makes the peer if it
  * is new. Returns 0, or -1 and errno: ERANGE handle, EEXIST another key has this id, ENOMEM.
  */
-int tunnel_receive_key(struct tunnel *tunnel, uint32_t handle, uint32_t key_id, const uint8_t key[AEAD_KEY]);
+int tunnel_receive_key(
+	struct tunnel *tunnel, uint32_t handle, uint64_t identity, uint32_t key_id, const uint8_t key[AEAD_KEY]);
 
 bool tunnel_peer_remove(struct tunnel *tunnel, uint32_t handle); /* false: none there */
 

@@ -244,7 +244,7 @@ def test_an_old_key_ends(make: MakeSwitch, stack: ExitStack) -> None:
     one, two = pair(make, stack)
     a, b = guests(one, two, stack)
     key, key_id = b"k" * 32, 4242
-    two.call("peer_receive_key", peer=1, key_id=key_id, key=key)
+    two.call("peer_receive_key", peer=1, identity=one.identity, key_id=key_id, key=key)
     target: dict[str, Any] = {"peer": 2, "identity": two.identity, "address": "127.0.0.1", "port": two.port}
     one.call("peer_set", **target, key_id=key_id, key=key)
     a.send(numbered(B, A, 1))
@@ -253,11 +253,11 @@ def test_an_old_key_ends(make: MakeSwitch, stack: ExitStack) -> None:
     a.send(numbered(B, A, 2))
     b.receive()
     with pytest.raises(HelperFailure, match="taken"):
-        two.call("peer_receive_key", peer=1, key_id=key_id, key=key)
+        two.call("peer_receive_key", peer=1, identity=one.identity, key_id=key_id, key=key)
     deadline = time.monotonic() + 20
     while True:  # the number is free again once the old key is gone
         try:
-            two.call("peer_receive_key", peer=1, key_id=key_id, key=b"n" * 32)
+            two.call("peer_receive_key", peer=1, identity=one.identity, key_id=key_id, key=b"n" * 32)
             break
         except HelperFailure:
             assert time.monotonic() < deadline
