@@ -58,18 +58,6 @@ class Ports(Protocol):
         ...
 
 
-class NoPorts:
-    """Of a peer without a switch: guests with interfaces are refused."""
-
-    async def add_port(
-        self, guest: entries.Guest, interface: entries.Interface, *, incoming: bool = False
-    ) -> Path:
-        raise OperationError("unsupported", f"{guest.key} wants {interface.name}; this peer has no switch")
-
-    async def remove_port(self, guest: str, interface: str) -> None:
-        return
-
-
 @dataclass(frozen=True, slots=True)
 class Exit:
     """Why a guest ended: `reason` is poweroff, reboot, panic, killed or crashed."""

@@ -80,23 +80,6 @@ class Moves(Protocol):
         ...
 
 
-class NoMoves:
-    """Of a peer without a switch."""
-
-    async def hold(self, guest: str) -> None: ...
-
-    async def unhold(self, guest: str) -> None: ...
-
-    async def redirect(self, guest: str, peer: str, epoch: int) -> None: ...
-
-    async def expect(self, guest: str, source: str, epoch: int) -> None: ...
-
-    async def announce(self, guest: str) -> None: ...
-
-    async def frames(self, guest: str) -> Frames:
-        return Frames(0, 0)
-
-
 @dataclass(frozen=True)
 class Surroundings:
     """What migrations are carried out with."""

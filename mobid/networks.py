@@ -12,6 +12,9 @@ A migration uses `hold`, `redirect`, `expect` and `announce`, whose meaning is i
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +24,7 @@ import structlog
 import trio
 
 from mobid.helpers import HelperError, Helpers
+from mobid.migration_shell import Frames
 from mobid.signal import Changed
 from mobid.switch import HERE, Switch, free_port, open_switch
 from mobid.tunnels import Reaching, Tunnels
@@ -32,6 +36,7 @@ from proto.state import State
 logger = structlog.get_logger(__name__)
 
 READY_TIMEOUT = 15.0
+TUNNEL_TIMEOUT = 5.0
 LINGER = 15.0
 """Seconds for which a port that was redirected, and a peer without guests on a network, are kept: frames for
 them may still be under way, and a lost marker is made up for within 10."""
@@ -92,14 +97,6 @@ class Port:
         return mac_bytes(self.interface.mac)
 
 
-@dataclass(frozen=True, slots=True)
-class Frames:
-    """What happened to frames for a guest around its move."""
-
-    held: int
-    lost: int
-
-
 class Networks:
     """The switch of the peer `own` (id). `reconnect` makes a guest (LAB/NAME) connect to its ports anew."""
 
@@ -135,34 +132,62 @@ class Networks:
         self._placed: dict[tuple[int, bytes], str] = {}
         """Which guest (id) the switch was told to have an address. A new guest begins with epoch 1 again."""
         self._ending = False
+        self._retired = False
+        self._seen: State | None = None
+        self._idle_until: float | None = None
         self.tunnels = Tunnels(own, lambda: catalog.state, links, lambda: self._switch, self._wake_up)
 
     # The switch.
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep a switch running and in step, until cancelled; the switch goes on then."""
-        first = True
-        pause = RESTART_PAUSE
-        while not self._ending:
-            try:
-                switch = await self._open(adopt=first)
-            except (HelperError, OperationError) as error:
-                self._events.emit("switch.failed", reason=error.message)
-                await trio.sleep(pause)
-                pause = min(2 * pause, LONGEST_RESTART_PAUSE)
-            else:
-                if first:
+        """Keep a switch running, while guests here have networks, and in step with the catalog.
+
+        Lasts until cancelled; a switch with ports goes on then, for the guests', and the next peer in this
+        directory takes it back.
+        """
+        adopt, restored = self._control.exists(), False
+        if not adopt:
+            task_status.started()
+        try:
+            while not self._ending:
+                if not adopt:
+                    await self._until_needed()
+                switch = await self._open_at_last(adopt=adopt)
+                if adopt:
                     task_status.started()
-                restored, first, pause = not first, False, RESTART_PAUSE
                 await self._follow(switch, restored)
-            if first:
-                first = False
-                task_status.started()
+                adopt, restored = False, bool(self._ports)
+        finally:
+            switch_left = self._switch
+            if switch_left is not None and not self._ports and not switch_left.helper.exited.is_set():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(switch_left.helper.pid, signal.SIGTERM)
+
+    @property
+    def _control(self) -> Path:
+        return self._sockets / "switch.sock"
+
+    async def _until_needed(self) -> None:
+        await self._catalog.changed.wait_until(
+            lambda: bool(self._ports) or bool(segments(self._catalog.state, self._own))
+        )
+
+    async def _open_at_last(self, *, adopt: bool) -> Switch:
+        pause, said = RESTART_PAUSE, ""
+        while True:
+            try:
+                return await self._open(adopt=adopt)
+            except HelperError as error:
+                if error.message != said:
+                    said = error.message
+                    self._events.emit("switch.failed", reason=said)
+            await trio.sleep(pause)
+            pause = min(2 * pause, LONGEST_RESTART_PAUSE)
 
     async def _open(self, *, adopt: bool) -> Switch:
         switch = await open_switch(
             self._helpers,
-            control=self._sockets / "switch.sock",
+            control=self._control,
             log=self._log,
             own=self._own,
             listen=self._listen,
@@ -179,8 +204,7 @@ class Networks:
             raise
         self._switch = switch
         self._switched.set()
-        facts = {"port": switch.udp_port, "adopted": switch.adopted}
-        self._events.emit("switch.started", **facts)
+        self._events.emit("switch.started", port=switch.udp_port, adopted=switch.adopted)
         return switch
 
     async def _begin(self, switch: Switch) -> None:
@@ -214,8 +238,9 @@ class Networks:
             await switch.helper.exited.wait()
             nursery.cancel_scope.cancel()
         self._switch = None
-        if not self._ending:
+        if not self._ending and not self._retired:
             self._events.emit("switch.lost", code=switch.helper.returncode)
+        self._retired = False
 
     async def _keep_told(self, switch: Switch, nursery: trio.Nursery) -> None:
         kept: dict[str, trio.CancelScope] = {}
@@ -230,21 +255,23 @@ class Networks:
                 logger.warning("the switch was not told", reason=error.message)
                 with trio.move_on_after(RESTART_PAUSE):
                     await switch.helper.exited.wait()
-            members = self._members()
-            for peer in set(kept) - members:
+            if await self._retire(switch):
+                return
+            partners = self._partners()
+            for peer in set(kept) - partners:
                 kept.pop(peer).cancel()
                 self.tunnels.forget(peer)
-            for peer in members - set(kept):
+            for peer in partners - set(kept):
                 kept[peer] = trio.CancelScope()
                 nursery.start_soon(self._keep_tunnel, switch, peer, kept[peer])
             with trio.move_on_after(self._until_next_clearing()):
                 await self._wake.wait()
 
     async def _watch_catalog(self) -> None:
-        seen: State | None = None
+        self._seen = None
         while True:
-            await self._catalog.changed.wait_until(lambda: self._catalog.state is not seen)
-            seen = self._catalog.state
+            await self._catalog.changed.wait_until(lambda: self._catalog.state is not self._seen)
+            self._seen = self._catalog.state
             self._wake_up()
 
     def _wake_up(self) -> None:
@@ -254,9 +281,24 @@ class Networks:
         with scope:
             await self.tunnels.keep(switch, peer)
 
-    def _members(self) -> set[str]:
-        members = self._catalog.state.members.values()
-        return {member.id for member in members if member.status == "member"} - {self._own}
+    def _partners(self) -> set[str]:
+        """The members that share a network with this peer, or did a moment ago."""
+        members = self._catalog.state.members
+        return {peer for _, peer in self._lingering if peer in members and members[peer].status == "member"}
+
+    async def _retire(self, switch: Switch) -> bool:
+        """End the switch when nobody has needed it for a while."""
+        now = trio.current_time()
+        if self._ports or self._lingering or segments(self._catalog.state, self._own):
+            self._idle_until = None
+            return False
+        if self._idle_until is None:
+            self._idle_until = now + LINGER
+        if now < self._idle_until:
+            return False
+        self._retired, self._idle_until = True, None
+        await switch.helper.quit()
+        return True
 
     async def _ready(self) -> Switch:
         """The running switch; raises `OperationError(failed)` if there is none for long."""
@@ -387,6 +429,7 @@ class Networks:
     def _until_next_clearing(self) -> float:
         now = trio.current_time()
         times = [until for until in self._lingering.values() if until > now]
+        times += [self._idle_until] if self._idle_until is not None else []
         times += [port.gone_at + LINGER for port in self._ports.values() if port.gone_at is not None]
         return max(min(times, default=now + 3600.0) - now, 0.05)
 
@@ -396,7 +439,7 @@ class Networks:
             if port.gone_at is not None and port.gone_at + LINGER <= now:
                 await self._drop(switch, key)
         self._lingering = {key: until for key, until in self._lingering.items() if until > now}
-        for peer in set(switch.peers) - self._members():
+        for peer in set(switch.peers) - self._partners():
             await switch.remove_peer(peer)
 
     # Ports.
@@ -519,7 +562,9 @@ class Networks:
         except HelperError as error:
             raise OperationError("failed", f"{op} of {guest}: {error.message}") from None
 
-    def _peer_handle(self, peer: str) -> int:
+    async def _peer_handle(self, peer: str) -> int:
+        with trio.move_on_after(TUNNEL_TIMEOUT):
+            await self.tunnels.wait_given(peer)
         if self._switch is None or not self._switch.knows(peer):
             raise OperationError("failed", f"there is no tunnel to {self._catalog.state.peer_name(peer)} yet")
         return self._switch.handle(peer)
@@ -535,14 +580,20 @@ class Networks:
     async def redirect(self, guest: str, peer: str, epoch: int) -> None:
         """The guest runs at `peer` (id) with `epoch`: send it what was held and what follows."""
         if self._ports_of(guest):
-            await self._each(guest, "redirect", peer=self._peer_handle(peer), epoch=epoch)
+            await self._each(guest, "redirect", peer=await self._peer_handle(peer), epoch=epoch)
         for key, port in self._ports_of(guest):
             self._ports[key] = replace(port, gone_at=trio.current_time())
 
-    async def expect(self, guest: str, epoch: int, source: str) -> None:
+    async def expect(self, guest: str, source: str, epoch: int) -> None:
         """Before the guest, whose ports are `incoming`, resumes here: await frames from `source` (id)."""
         if self._ports_of(guest):
-            from_handle = {"from": self._peer_handle(source)}
+            networks = {port.network for _, port in self._ports_of(guest)}
+            wanted = segments(self._catalog.state, self._own)
+            others = {peer for id in networks & set(wanted) for peer in wanted[id].peers} - {source}
+            with trio.move_on_after(TUNNEL_TIMEOUT):
+                for peer in others:  # those who send to the guest will have to reach it here
+                    await self.tunnels.wait_given(peer)
+            from_handle = {"from": await self._peer_handle(source)}
             await self._each(guest, "expect", epoch=epoch, **from_handle)
 
     async def announce(self, guest: str) -> None:

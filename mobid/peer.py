@@ -28,7 +28,6 @@ from mobid import host, joining
 from mobid.catalog import Catalog
 from mobid.config import Config
 from mobid.events import Events, EventService
-from mobid.guest import NoPorts
 from mobid.guest_ops import GuestOperations
 from mobid.guests import Guests
 from mobid.helpers import HelperError, Helpers, find_binary
@@ -39,7 +38,9 @@ from mobid.links import Links
 from mobid.mesh import Mesh
 from mobid.migrate import Migrations
 from mobid.migration_notes import Notes
-from mobid.migration_shell import NoMoves, Surroundings
+from mobid.migration_shell import Surroundings
+from mobid.network_ops import NetworkOperations
+from mobid.networks import Networks
 from mobid.operations import Operations, Request, operation
 from mobid.rpc import ServedRequest
 from mobid.server import Server, open_tcp, open_unix
@@ -192,6 +193,18 @@ class Peer:
         """Make the parts that work for guests, and start them."""
         self.helpers = Helpers(nursery, _helper_binary())
         self.images = Images(self.config.cache, self.catalog, self.links, self.id)
+        assert self._tcp is not None
+        self.networks = Networks(
+            own=self.id,
+            catalog=self.catalog,
+            links=self.links,
+            helpers=self.helpers,
+            events=self.events,
+            sockets=self.config.runtime,
+            log=self.config.path("switch.log"),
+            listen=self._tcp.socket.getsockname()[:2],
+            reconnect=self._reconnect,
+        )
         self.guests = Guests(
             config=self.config,
             me=self.id,
@@ -199,9 +212,9 @@ class Peer:
             events=self.events,
             helpers=self.helpers,
             images=self.images,
-            ports=NoPorts(),
+            ports=self.networks,
         )
-        self._shutdown.append(self.guests.end_all)
+        self._shutdown += [self.networks.close, self.guests.end_all]
         self._closing.append(self.guests.close)
         vms = GuestOperations(self.guests, self.catalog, self.images, self.links)
         self.migrations = Migrations(
@@ -212,16 +225,22 @@ class Peer:
                 events=self.events,
                 helpers=self.helpers,
                 guests=self.guests,
-                moves=NoMoves(),
+                moves=self.networks,
                 notes=Notes(self.config.path("migrations")),
                 sockets=self.config.runtime,
                 logs=self.config.path("pages.log"),
             )
         )
-        for part in (self.images, vms, Labs(self.catalog, self.images, self.links), self.migrations):
+        nets = NetworkOperations(self.networks, self.catalog, self.links)
+        labs = Labs(self.catalog, self.images, self.links)
+        for part in (self.images, vms, labs, self.migrations, nets, self.networks.tunnels):
             self.operations.add(part)
+        await nursery.start(self.networks.run)
         nursery.start_soon(self.guests.run)
         nursery.start_soon(self.migrations.run)
+
+    async def _reconnect(self, guest: str) -> None:
+        await self.guests.local(guest).reconnect()
 
     async def _keep_membership(self) -> None:
         """Tell the mesh where this peer is and what its host has; end when it is no member any more."""

@@ -34,6 +34,8 @@ class Switch:
         self.adopted = adopted
         self.instance = secrets.token_hex(8)
         self._peers: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
+        """Given out, also to peers the switch does not know yet: two may be introduced at the same time."""
         self._told: dict[tuple[object, ...], dict[str, Any]] = {}
 
     async def call(self, op: str, **arguments: Any) -> dict[str, Any]:
@@ -77,7 +79,10 @@ class Switch:
 
     async def add_key(self, peer: str, key_id: int, key: bytes) -> None:
         """Accept packets of `peer` under this key. The first one makes the peer known."""
-        number = self._peers.get(peer) or _free(set(self._peers.values()), 1, PEERS, "peers")
+        number = self._numbers.get(peer)
+        if number is None:
+            number = _free(set(self._numbers.values()), 1, PEERS, "peers")
+            self._numbers[peer] = number
         await self.call("peer_receive_key", peer=number, identity=int(peer, 16), key_id=key_id, key=key)
         self._peers[peer] = number
 
@@ -98,6 +103,7 @@ class Switch:
         number = self._peers.pop(peer, None)
         if number is None:
             return
+        del self._numbers[peer]
         for op in ("rtt", "network_set"):
             for about, _ in self.told(op):
                 if op == "network_set" or about == (peer,):
@@ -122,6 +128,7 @@ class Switch:
         """After an adoption: which peer has which number."""
         for peer in (await self.counters())["peers"]:
             self._peers[f"{peer['identity']:016x}"] = peer["peer"]
+        self._numbers = dict(self._peers)
 
 
 def _free(taken: set[int], first: int, end: int, what: str) -> int:

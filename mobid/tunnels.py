@@ -21,6 +21,7 @@ from pydantic import Field
 
 from mobid.helpers import HelperError
 from mobid.operations import Request, operation
+from mobid.signal import Changed
 from mobid.switch import Switch
 from proto.api import Arguments, OperationError
 from proto.state import State
@@ -55,9 +56,13 @@ class _Tunnel:
     """What is known of the other end."""
 
     def __init__(self) -> None:
-        self.their_switch = ""
+        self.given_to = ""
+        """Which of its switch processes has our key."""
+        self.given = Changed()
         self.wanted = trio.Event()
         """Set when a new key has to be given to it."""
+        self.sends_to = ""
+        """Which of our switch processes the peer was given a key of."""
         self.pending: TunnelKey | None = None
         """A key our switch accepts and the peer may not have got. It is given again, never replaced: the
         switch keeps few keys, and the one in use must not be pushed out by attempts that fail."""
@@ -100,6 +105,16 @@ class Tunnels:
             with trio.move_on_after(REKEY_INTERVAL):
                 await tunnel.wanted.wait()
 
+    async def wait_given(self, peer: str) -> None:
+        """Wait until `peer` (id) can send frames to the switch that runs here now."""
+        tunnel = self._tunnels.setdefault(peer, _Tunnel())
+
+        def given() -> bool:
+            switch = self._switch()
+            return switch is not None and tunnel.sends_to == switch.instance
+
+        await tunnel.given.wait_until(given)
+
     def forget(self, peer: str) -> None:
         """The peer has left."""
         self._tunnels.pop(peer, None)
@@ -118,12 +133,14 @@ class Tunnels:
             tunnel.pending = key
             if first:
                 self._introduced()
-        await self._links.call(peer, "tunnel.key", key, timeout=CALL_TIMEOUT)
-        tunnel.pending = None
+        answer = await self._links.call(peer, "tunnel.key", key, timeout=CALL_TIMEOUT)
+        tunnel.pending, tunnel.sends_to = None, switch.instance
+        tunnel.given_to = str(answer["switch"])
+        tunnel.given.set()
 
     @operation("tunnel.key", role="peer", args=TunnelKey)
-    async def take_key(self, request: Request, args: TunnelKey) -> None:
-        """A member gives us a key for frames to it."""
+    async def take_key(self, request: Request, args: TunnelKey) -> dict[str, str]:
+        """A member gives us a key for frames to it; the answer is `{switch}`, who has it now."""
         peer = request.caller.id
         switch, member = self._switch(), self._state().members.get(peer)
         if switch is None or member is None or not switch.knows(peer):
@@ -134,9 +151,9 @@ class Tunnels:
         except HelperError as error:
             raise OperationError("failed", f"no tunnel to {member.name}: {error.message}") from None
         tunnel = self._tunnels.setdefault(peer, _Tunnel())
-        if tunnel.their_switch and tunnel.their_switch != args.switch:
+        if tunnel.given_to and tunnel.given_to != args.switch:
             tunnel.wanted.set()
-        tunnel.their_switch = args.switch
+        return {"switch": switch.instance}
 
 
 async def _resolve(host: str) -> str:
