@@ -86,17 +86,31 @@ static int set_flags(int fd, const char *name, short on, short off)
 	return ioctl(fd, SIOCSIFFLAGS, &request);
 }
 
-static int rename_interface(int fd, const char *from, const char *to)
+static int rename_device(int fd, const char *from, const char *to)
 {
 	struct ifreq request = {0};
 
-	if (strcmp(from, to) == 0)
-		return 0;
 	snprintf(request.ifr_name, IFNAMSIZ, "%s", from);
 	snprintf(request.ifr_newname, IFNAMSIZ, "%s", to);
 	if (set_flags(fd, from, 0, IFF_UP))
 		return -1;
 	return ioctl(fd, SIOCSIFNAME, &request);
+}
+
+/* The kernel numbered the devices; one of them may have the name that another is to get, and steps aside. */
+static int rename_interface(int fd, const char *from, const char *to)
+{
+	static unsigned int aside;
+	char name[IFNAMSIZ];
+
+	if (strcmp(from, to) == 0)
+		return 0;
+	if (if_nametoindex(to)) {
+		snprintf(name, sizeof name, "aside%u", aside++);
+		if (rename_device(fd, to, name))
+			return -1;
+	}
+	return rename_device(fd, from, to);
 }
 
 static int set_mtu(int fd, const char *name, int mtu)
