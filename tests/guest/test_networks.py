@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real guests on a link between real peers: frames, a TCP stream through moves, a switch that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from mobid.config import cache_directory
+from proto.api import OperationError
+from tests.guest.peers import PeerProcess, eventually
+
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
+
+LAB = {
+    "name": "pair",
+    "topology": {
+        "defaults": {"image": "mini", "memory": "64M"},
+        "nodes": {"a": {"place": "tokyo"}, "b": {"place": "virginia"}},
+        "links": [{"endpoints": ["a:eth1", "b:eth1"], "subnet": "10.9.1.0/24"}],
+    },
+}
+
+
+@pytest.fixture
+async def mesh(tmp_path: Path, helper_binary: Path) -> AsyncIterator[list[PeerProcess]]:
+    """Two peers, and the lab: guest a at tokyo, b at virginia."""
+    for needed in (cache_directory() / "images/mini/image.json", cache_directory() / "kernel"):
+        if not needed.exists():
+            pytest.skip(f"{needed} is not there (make setup builds it)")
+    environment = {"MOBI_HELPER": str(helper_binary)}
+    peers = [PeerProcess(tmp_path / name, name, environment) for name in ("tokyo", "virginia")]
+    async with AsyncExitStack() as stack:
+        for peer in peers:
+            await peer.start()
+            stack.push_async_callback(peer.stop)
+        token = await peers[0].call("peer.token.new", {})
+        await peers[1].call("peer.join", {"token": token["token"]})
+        await eventually(lambda: all_see(peers, 2))
+        await peers[0].call("lab.up", {"lab": json.dumps(LAB)})
+        yield peers
+
+
+async def all_see(peers: list[PeerProcess], count: int) -> bool:
+    try:
+        return all([len(await peer.call("peer.ls")) == count for peer in peers])
+    except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+        return False
+
+
+async def sh(peer: PeerProcess, guest: str, script: str) -> str:
+    code, out, err = await peer.execute(f"pair/{guest}", "sh", "-c", script)
+    assert code == 0, (script, out, err)
+    return str(out.decode())
+
+
+async def pings(peer: PeerProcess, guest: str, to: str) -> bool:
+    try:
+        code, _, _ = await peer.execute(f"pair/{guest}", "ping", "-c", "1", "-W", "1", to)
+    except OperationError:
+        return False  # paused for a moment, while it connects anew
+    return bool(code == 0)
+
+
+async def test_guests_reach_one_another_by_name(mesh: list[PeerProcess]) -> None:
+    tokyo, virginia = mesh
+    await eventually(lambda: pings(tokyo, "a", "b"))
+    assert " 0% packet loss" in await sh(virginia, "b", "ping -c 20 -i 0.02 -s 1300 a")
+    shown = await tokyo.call("net.show", {"network": "pair:a-eth1--b-eth1"})
+    ports = {row["endpoint"]: row for row in shown["ports"]}
+    assert ports["a:eth1"]["peer"] == "tokyo"
+    assert ports["b:eth1"]["counters"]["rx_frames"] > 20
+    assert ports["a:eth1"]["counters"]["spoofed"] == 0
+
+
+async def test_impairments_are_felt(mesh: list[PeerProcess]) -> None:
+    tokyo, _ = mesh
+    await eventually(lambda: pings(tokyo, "a", "b"))
+    await tokyo.call("net.impair", {"link": "pair:a-eth1--b-eth1", "delay": 0.03})
+
+    async def slow() -> bool:
+        said = await sh(tokyo, "a", "ping -c 3 -i 0.1 b")
+        found = re.search(r"min/avg/max = ([0-9.]+)", said)
+        assert found, said
+        return float(found[1]) >= 60.0
+
+    await eventually(slow)
+
+
+async def test_a_tcp_stream_goes_through_moves(mesh: list[PeerProcess]) -> None:
+    """No byte is wrong, and it is the same connection throughout: nc ends with its only one."""
+    tokyo, virginia = mesh
+    await eventually(lambda: pings(tokyo, "a", "b"))
+    # Its input is a pipe that stays open: at the end of its input this nc would end.
+    receive = "mkfifo /root/f; exec 3<>/root/f; nc -l -p 5000 <&3 > /root/got; echo ended > /root/end"
+    await sh(virginia, "b", f"({receive}) </dev/null >/dev/null 2>&1 &")
+    await sh(tokyo, "a", "dd if=/dev/urandom of=/root/data bs=64k count=160 2>/dev/null")
+    piece = "dd bs=16k count=1 skip=$i 2>/dev/null < /root/data; sleep 0.005"
+    send = f"for i in $(seq 0 639); do {piece}; done | nc b 5000"
+    await sh(tokyo, "a", f"({send}) </dev/null >/dev/null 2>&1 &")
+    lost = held = 0
+    for source, target in ((virginia, tokyo), (tokyo, virginia)):
+        record: dict[str, Any] = await tokyo.call("vm.migrate", {"vm": "pair/b", "to": target.name})
+        assert record["ok"], record
+        lost += record["frames_lost"]
+        held += record["frames_held"]
+        assert source is not target
+
+    async def ended() -> bool:
+        return "ended" in await sh(tokyo, "b", "cat /root/end 2>/dev/null || true")
+
+    await eventually(ended)
+    assert await sh(tokyo, "b", "md5sum < /root/got") == await sh(tokyo, "a", "md5sum < /root/data")
+    assert lost == 0
+    assert held >= 0
+
+
+async def test_pings_survive_every_move(mesh: list[PeerProcess]) -> None:
+    tokyo, virginia = mesh
+    await eventually(lambda: pings(tokyo, "a", "b"))
+    await sh(tokyo, "a", "ping -i 0.01 -W 5 b > /root/pings 2>&1 </dev/null & echo $! > /root/pid")
+    for target in (tokyo, virginia, tokyo):
+        record: dict[str, Any] = await virginia.call("vm.migrate", {"vm": "pair/b", "to": target.name})
+        assert record["ok"], record
+        assert record["frames_lost"] == 0
+        await trio.sleep(0.3)
+    await sh(tokyo, "a", "kill -INT $(cat /root/pid); sleep 0.2")
+    said = await sh(tokyo, "a", "tail -n 3 /root/pings")
+    found = re.search(r"(\d+) packets transmitted, (\d+) (?:packets )?received", said)
+    assert found, said
+    assert int(found[1]) - int(found[2]) <= 1, said  # one may be on its way when ping is stopped
+    numbers = [int(n) for n in re.findall(r"seq=(\d+)", await sh(tokyo, "a", "cat /root/pings"))]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), "in order, none twice"
+
+
+async def test_a_killed_switch_comes_back_with_its_guests(mesh: list[PeerProcess]) -> None:
+    tokyo, virginia = mesh
+    await eventually(lambda: pings(tokyo, "a", "b"))
+    (pid,) = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdecimal() and is_switch_of(entry, tokyo)
+    ]
+    os.kill(pid, signal.SIGKILL)
+
+    async def again() -> bool:
+        return await pings(tokyo, "a", "b") and await pings(virginia, "b", "a")
+
+    await eventually(again)
+
+
+def is_switch_of(process: Path, peer: PeerProcess) -> bool:
+    try:
+        arguments = (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"switch" in arguments and str(peer.socket.resolve().parent).encode() in b" ".join(arguments)
