@@ -41,7 +41,7 @@ LOST_PINGS = 2
 """After so many unanswered pings in a row the shared connection is given up and made anew."""
 
 FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 3.0
+LONGEST_PAUSE = 1.5
 
 log = structlog.get_logger()
 

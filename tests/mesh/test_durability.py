@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from mobid import rpc
+from mobid.signal import Changed
 from proto import log
 from proto.api import OperationError
 from tests.mesh.peers import Mesh, PeerProcess
@@ -66,14 +67,24 @@ async def test_nothing_acknowledged_is_lost_by_kill_9(mesh: Mesh) -> None:
 async def test_a_follower_s_proposals_survive_the_coordinator_s_death_once_each(mesh: Mesh) -> None:
     tokyo, virginia = await mesh.start("tokyo", "virginia")
     acknowledged = await tokens_of(tokyo)
+    unknown = 0
+    progress = Changed()
     dice = random.Random(2)
     done = False
 
     async def writer() -> None:
+        nonlocal unknown
         async with virginia.client() as client:
             while not done:
-                # Sent again by the follower until the coordinator is back.
-                acknowledged.append((await client.call("peer.token.new", timeout=30.0))["id"])
+                # Sent again by the follower until the coordinator is back; on a slow machine that can take
+                # longer than it tries, and then nobody may know whether it came true.
+                try:
+                    acknowledged.append((await client.call("peer.token.new", timeout=60.0))["id"])
+                    progress.set()
+                except OperationError as error:
+                    if error.code != "no-leader":
+                        raise
+                    unknown += 1
 
     async with trio.open_nursery() as nursery:
         for _ in range(WRITERS):
@@ -82,11 +93,13 @@ async def test_a_follower_s_proposals_survive_the_coordinator_s_death_once_each(
             await trio.sleep(dice.uniform(0.1, 0.4))
             tokyo.kill()
             await tokyo.start()
-        await trio.sleep(0.2)
+        before = len(acknowledged)
+        with trio.fail_after(30):
+            await progress.wait_until(lambda: len(acknowledged) > before)
         done = True
     found = await tokens_of(tokyo)
-    assert sorted(found) == sorted(acknowledged)
-    assert len(acknowledged) > WRITERS
+    assert set(acknowledged) <= set(found)
+    assert len(found) - len(acknowledged) <= unknown
 
 
 async def test_a_follower_catches_up_after_any_death(mesh: Mesh) -> None:
