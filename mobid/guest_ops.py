@@ -45,7 +45,7 @@ CHUNK = 64 << 10
 class GuestGone(Arguments):
     """`guest.gone`: wait until this peer has nothing left of these guests (ids)."""
 
-    ids: tuple[str, ...] = Field(max_length=10_000)
+    ids: list[str] = Field(max_length=10_000)
 
 
 class GuestOperations:
@@ -294,7 +294,7 @@ async def wait_gone(links: Links, guests: dict[str, tuple[str, ...]]) -> list[st
 
     async def ask(owner: str, ids: tuple[str, ...]) -> None:
         try:
-            await links.call(owner, "guest.gone", GuestGone(ids=ids), timeout=GONE_TIMEOUT)
+            await links.call(owner, "guest.gone", GuestGone(ids=list(ids)), timeout=GONE_TIMEOUT)
         except OperationError:
             silent.append(owner)
 
