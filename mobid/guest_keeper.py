@@ -415,7 +415,7 @@ class Keeper:
             image = await self._k.images.ensure(guest.image, guest.image_hash)
         else:
             image = self._k.images.find(guest.image)
-        return image, await self._k.images.kernel()
+        return image, await self._k.images.current_kernel()
 
     def _prepared(self, guest: entries.Guest, image: Image, kernel: Kernel) -> LocalGuest:
         """The local guest with a record that fits what is wanted now; its disks keep what they hold."""

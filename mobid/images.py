@@ -39,6 +39,7 @@ MAX_IMAGE = 64 << 30
 MAX_KERNEL = 256 << 20
 SHORT_HASH = 16
 """Hex digits of the hash in the name of a directory of a fetched image."""
+ASK_TIMEOUT = 10.0
 FETCH_STALL = 60.0
 """Seconds without a piece after which a transfer is given up."""
 
@@ -159,7 +160,7 @@ class Images:
         except OperationError as error:
             for peer in self._others():
                 with contextlib.suppress(OperationError):
-                    rows = await self._links.call(peer, "image.ls", timeout=5)
+                    rows = await self._links.call(peer, "image.ls", timeout=ASK_TIMEOUT)
                     name, _, digest = reference.partition("@")
                     for row in rows:
                         if row["image"] == name and row["hash"].startswith(digest):
@@ -196,6 +197,17 @@ class Images:
             raise OperationError("not-found", f"there is no guest kernel: {where}", "make setup builds it")
         return Kernel(candidates[0], await trio.to_thread.run_sync(_hash_once, candidates[0]))
 
+    async def current_kernel(self) -> Kernel:
+        """The kernel that new guests get; if there is none here, that of another peer."""
+        try:
+            return await self.kernel()
+        except OperationError:
+            for peer in self._others():
+                with contextlib.suppress(OperationError):
+                    answer = await self._links.call(peer, "kernel.current", timeout=ASK_TIMEOUT)
+                    return await self.ensure_kernel(KernelFetch.model_validate(answer).sha256)
+            raise
+
     async def find_kernel(self, sha256: str) -> Kernel:
         """The kernel with this hash. Raises `OperationError(not-found)`."""
         named = os.environ.get("MOBI_KERNEL")
@@ -229,6 +241,10 @@ class Images:
         await self.verify(image)
         await _send(image.root, request.item)
         return {"size": image.size, "init": image.init}
+
+    @operation("kernel.current", role="peer")
+    async def op_current_kernel(self, _request: Request, _args: Arguments) -> dict[str, Any]:
+        return {"sha256": (await self.kernel()).sha256}
 
     @operation("kernel.fetch", role="peer", args=KernelFetch, timeout=None)
     async def op_fetch_kernel(self, request: Request, args: KernelFetch) -> dict[str, Any]:

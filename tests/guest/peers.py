@@ -40,7 +40,7 @@ class PeerProcess:
         self.directory = directory
         self.name = name
         self.process: subprocess.Popen[bytes] | None = None
-        self._environment = {**os.environ, **(environment or {})}
+        self.environment = {**os.environ, **(environment or {})}
 
     @property
     def socket(self) -> Path:
@@ -51,9 +51,10 @@ class PeerProcess:
         path = self.directory.with_name(self.directory.name + ".log")
         return path.read_text(errors="replace") if path.exists() else ""
 
-    async def start(self) -> None:
-        """Start the process and wait until it answers."""
+    async def start(self, join: str = "") -> None:
+        """Start the process and wait until it answers; `join` is a token of another peer's mesh."""
         command = [sys.executable, "-m", "mobid", "run", "--dir", str(self.directory), "--name", self.name]
+        command += ["--join", join] if join else []
         log = self.directory.with_name(self.directory.name + ".log")
         with log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -61,7 +62,7 @@ class PeerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=self._environment,
+                env=self.environment,
             )
         with trio.fail_after(START_TIMEOUT):
             while True:

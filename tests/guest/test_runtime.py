@@ -272,6 +272,7 @@ LAB: dict[str, Any] = {
     "topology": {
         "defaults": {"image": "mini", "memory": "64M"},
         "nodes": {"a": {"exec": ["echo hello > /root/hello"], "env": {"COLOUR": "red"}}, "b": {}},
+        "links": [{"endpoints": ["a:eth1", "b:eth1"], "subnet": "10.9.0.0/24"}],
     },
 }
 
@@ -292,6 +293,7 @@ async def test_a_lab_comes_up_and_goes_down(peer: PeerProcess) -> None:
     assert {("a", "running"), ("b", "running")} <= set(seen)
     assert await peer.execute("pair/a", "cat", "/root/hello") == (0, b"hello\n", b"")
     assert await peer.execute("a", "sh", "-c", "echo $COLOUR $(hostname)") == (0, b"red a\n", b"")
+    assert (await peer.execute("a", "ping", "-c", "1", "-w", "20", "b"))[0] == 0
     assert [row["lab"] for row in await peer.call("lab.ls")] == ["pair"]
     with pytest.raises(OperationError, match="already"):
         await peer.call("lab.up", {"lab": json.dumps(LAB)})
@@ -302,7 +304,7 @@ async def test_a_lab_comes_up_and_goes_down(peer: PeerProcess) -> None:
 
 async def test_a_lab_that_fails_leaves_nothing(peer: PeerProcess) -> None:
     nodes = {"a": {}, "b": {"exec": ["echo it broke >&2; exit 3"]}}
-    broken = {"name": "pair", "topology": {**LAB["topology"], "nodes": nodes}}
+    broken = {"name": "pair", "topology": {"defaults": LAB["topology"]["defaults"], "nodes": nodes}}
     with pytest.raises(OperationError) as caught:
         await peer.call("lab.up", {"lab": json.dumps(broken)})
     assert "it broke" in caught.value.message
@@ -314,7 +316,7 @@ async def test_a_lab_that_fails_leaves_nothing(peer: PeerProcess) -> None:
 
 async def test_an_interrupted_lab_up_leaves_nothing(peer: PeerProcess) -> None:
     nodes = {"a": {}, "b": {"exec": ["sleep 1000"]}}
-    slow = {"name": "pair", "topology": {**LAB["topology"], "nodes": nodes}}
+    slow = {"name": "pair", "topology": {"defaults": LAB["topology"]["defaults"], "nodes": nodes}}
     async with peer.client() as client, client.request("lab.up", {"lab": json.dumps(slow)}) as request:
         async for item in request:
             if (item["guest"], item["state"]) == ("a", "running"):
@@ -345,3 +347,21 @@ async def test_a_lab_that_cannot_be_is_refused_before_anything_changes(peer: Pee
         assert words in caught.value.message + caught.value.hint
         assert "x.yaml" in caught.value.message
     assert (await peer.call("vm.ls"), await peer.call("lab.ls")) == ([], [])
+
+
+async def test_a_peer_without_image_and_kernel_gets_them_from_another(
+    peer: PeerProcess, tmp_path: Path
+) -> None:
+    token = (await peer.call("peer.token.new", {}))["token"]
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "MOBI_KERNEL": ""}
+    other = PeerProcess(tmp_path / "virginia", "virginia", {**peer.environment, **environment})
+    await other.start(join=token)
+    try:
+        row = await run(other, place="virginia")
+        assert (row["peer"], row["state"]) == ("virginia", "running")
+        assert (await peer.execute("one", "hostname"))[1] == b"one\n"
+        assert [image["image"] for image in await other.call("image.ls")] == ["mini"]
+        await peer.call("vm.rm", {"vm": "one", "force": True})
+        assert list((other.directory / "guests").iterdir()) == []
+    finally:
+        await other.stop()
