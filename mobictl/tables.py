@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -98,7 +97,7 @@ def table(
     """Rows as a table; columns that no row has are left out; a sentence if there is no row."""
     if not rows:
         return Text(empty, style="dim")
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     used = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
     for column in used:
         # Names are kept whole; long lists may fold.

@@ -34,7 +34,6 @@ COLUMNS = (
     Column("VOTER", "voter", tables.yes),
     Column("GUESTS", "guests", right=True),
     Column("FREE", "memory_free", tables.size, right=True),
-    Column("VERSION", "version"),
 )
 TOKEN_COLUMNS = (
     Column("TOKEN", "id"),
