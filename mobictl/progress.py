@@ -23,6 +23,10 @@ class Reporter(Protocol):
         """How far the present phase is."""
         ...
 
+    def done(self, label: str) -> None:
+        """A phase is over."""
+        ...
+
 
 class _Lines:
     def __init__(self, session: Session) -> None:
@@ -32,6 +36,9 @@ class _Lines:
         self._session.note(text)
 
     def amount(self, label: str, done: float, total: float | None) -> None:
+        pass
+
+    def done(self, label: str) -> None:
         pass
 
 
@@ -49,6 +56,11 @@ class _Bar:
         if task is None:
             task = self._tasks[label] = self._progress.add_task(label, total=total)
         self._progress.update(task, completed=done, total=total)
+
+    def done(self, label: str) -> None:
+        task = self._tasks.pop(label, None)
+        if task is not None:
+            self._progress.remove_task(task)
 
 
 @contextmanager

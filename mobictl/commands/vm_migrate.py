@@ -79,6 +79,7 @@ def progress(report: Reporter, item: dict[str, Any]) -> None:
     if "done_bytes" in item:
         report.amount(f"pass {number}", item["done_bytes"], item.get("total_bytes"))
     elif number is not None:
+        report.done(f"pass {number}")
         sent = format_size(item.get("sent_bytes") or 0)
         report.step(f"pass {number}: {sent} sent in {format_time(item.get('duration') or 0)}")
     elif "stage" in item:
