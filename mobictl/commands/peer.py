@@ -87,6 +87,13 @@ def leave(session: Session) -> None:
     session.show(found, "left")
 
 
+@command(app, "evict")
+def evict(session: Session, peer_name: PeerArgument) -> None:
+    """Take a peer's key out of the mesh for good; its guests are lost."""
+    row = session.call("peer.evict", build(api.PeerArguments, "peer.evict", peer=peer_name))
+    session.show(row, f"{peer_name}: evicted")
+
+
 @command(token_app, "new")
 def token_new(
     session: Session,

@@ -73,6 +73,13 @@ def migrate(
         raise Exit(1)
 
 
+@command(app, "adopt")
+def adopt(session: Session, vm: VmArgument) -> None:
+    """Let the frozen copy at the source go on; only when the destination will never come back."""
+    found = session.call("vm.adopt", build(api.VmArguments, "vm.adopt", vm=vm))
+    session.show(found, f"{vm}: goes on at {found['peer']}")
+
+
 def progress(report: Reporter, item: dict[str, Any]) -> None:
     """One item of a migration: bytes of the present pass, a finished pass, or a stage by name."""
     number = item.get("pass")

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mobictl vm` with real guests: bytes in and out, exit codes, the console's keys, and a move."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pty
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mobid.config import cache_directory
+from tests.cli import TIMEOUT, Cli, clean, home
+
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def cli(helper_binary: Path) -> Iterator[Cli]:
+    """Two peers, and one guest `one` that the tests of this module share."""
+    cache = cache_directory()
+    kernel = os.environ.get("MOBI_KERNEL")
+    for needed in (cache / "images/mini/image.json", Path(kernel) if kernel else cache / "kernel"):
+        if not needed.exists():
+            pytest.skip(f"{needed} is not there (make setup builds it)")
+    extra = {"MOBI_HELPER": str(helper_binary), "XDG_CACHE_HOME": str(cache.parent)}
+    made = Cli(home(), {**extra, **({"MOBI_KERNEL": kernel} if kernel else {})})
+    try:
+        made("up", "--peers", "2")
+        made("vm", "run", "mini", "--name", "one", "--place", "peer1")
+        yield made
+    finally:
+        clean(made)
+
+
+def test_exec_passes_streams_and_exit_code(cli: Cli) -> None:
+    done = cli("vm", "exec", "one", "--", "sh", "-c", "echo out; echo err >&2; exit 7", code=7)
+    assert (done.stdout, done.stderr) == ("out\n", "err\n")
+    assert cli("vm", "exec", "one", "--", "cat", input="hello").stdout == "hello"
+    ended = cli.json("vm", "exec", "one", "--", "sh", "-c", "kill -9 $$", code=137)
+    assert ended == {"code": 137, "signal": 9, "stdout": "", "stderr": ""}
+    assert cli(
+        "vm", "exec", "one", "-e", "A=b c", "--cwd", "/tmp", "--", "sh", "-c", 'echo "$A"; pwd'
+    ).stdout == ("b c\n/tmp\n")
+
+
+def test_exec_of_what_is_not_there(cli: Cli) -> None:
+    assert "cannot run nonsense" in cli.error("vm", "exec", "one", "--", "nonsense")["message"]
+    assert cli.error("vm", "exec", "two", "--", "true")["hint"] == "there are: default/one"
+    done = cli("vm", "exec", "one", "-e", "A", "--", "true", code=2)
+    assert "'A' is not NAME=VALUE" in done.stderr
+
+
+def test_exec_is_cancelled_by_ctrl_c(cli: Cli) -> None:
+    running = cli.start("vm", "exec", "one", "--", "sh", "-c", "echo begun; exec sleep 1000")
+    assert running.stdout is not None
+    assert running.stdout.readline() == "begun\n"
+    running.send_signal(2)
+    running.communicate(timeout=TIMEOUT)
+    assert running.returncode == 130
+    deadline = time.monotonic() + 30
+    while "sleep 1000" in cli("vm", "exec", "one", "--", "ps").stdout:
+        assert time.monotonic() < deadline
+
+
+def test_copy_in_and_out(cli: Cli, tmp_path: Path) -> None:
+    data = os.urandom(1_000_000)
+    (tmp_path / "in").write_bytes(data)
+    (tmp_path / "in").chmod(0o750)
+    assert cli.json("vm", "cp", str(tmp_path / "in"), "one:/root/")["size"] == len(data)
+    seen = cli("vm", "exec", "one", "--", "sha256sum", "/root/in").stdout.split()[0]
+    assert seen == hashlib.sha256(data).hexdigest()
+    cli("vm", "cp", "default/one:/root/in", str(tmp_path / "out"))
+    assert (tmp_path / "out").read_bytes() == data
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    assert "cannot open /nope" in cli.error("vm", "cp", "one:/nope", str(tmp_path))["message"]
+    assert "cannot be read" in cli.error("vm", "cp", "/nope", "one:/root/")["message"]
+    assert "only one" in cli.error("vm", "cp", "one:/a", "one:/b")["message"]
+    assert "begins with /" in cli.error("vm", "cp", "one:a", "here")["message"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_life_of_a_guest(cli: Cli) -> None:
+    row = cli.json("vm", "run", "mini", "--memory", "48M")
+    assert (row["vm"], row["state"], row["memory"]) == ("mini-1", "running", 48 << 20)
+    assert cli.json("vm", "pause", "mini-1")["state"] == "paused"
+    assert "vm resume" in cli.error("vm", "exec", "mini-1", "--", "true")["hint"]
+    assert cli.json("vm", "resume", "mini-1")["state"] == "running"
+    assert "--force" in cli.error("vm", "rm", "mini-1")["hint"]
+    assert cli.json("vm", "stop", "mini-1")["state"] == "stopped"
+    assert cli.json("vm", "start", "mini-1")["state"] == "running"
+    assert cli.json("vm", "restart", "mini-1", "--force")["state"] == "running"
+    cli("vm", "rm", "mini-1", "--force")
+    assert [row["vm"] for row in cli.json("vm", "ls")] == ["one"]
+    assert cli.error("vm", "run", "minni")["code"] == "not-found"
+
+
+def test_tables_and_pages_for_people(cli: Cli) -> None:
+    lines = cli("vm", "ls").stdout.splitlines()
+    assert lines[0].split() == ["VM", "STATE", "PEER", "EPOCH", "MEMORY", "ADDRESSES", "UPTIME"]
+    assert lines[1].split()[:2] == ["one", "running"]
+    assert "image           mini@" in cli("vm", "show", "one").stdout
+    assert cli("image", "ls").stdout.split()[:3] == ["IMAGE", "SIZE", "HASH"]
+
+
+def test_console_gives_keys_until_its_escape_and_mends_the_terminal(cli: Cli) -> None:
+    outer, inner = pty.openpty()
+    try:
+        before = termios.tcgetattr(inner)
+        running = subprocess.Popen(
+            [sys.executable, "-m", "mobictl", "vm", "console", "one"],
+            env=cli.environment(),
+            stdin=inner,
+            stdout=inner,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        seen = b""
+        deadline = time.monotonic() + 60
+        while b"there" not in seen:
+            assert time.monotonic() < deadline, seen
+            if termios.tcgetattr(inner)[3] & termios.ICANON == 0:
+                os.write(outer, b"there\r")
+                seen += os.read(outer, 1000)
+            time.sleep(0.1)
+        os.write(outer, b"\x1d")
+        assert running.wait(TIMEOUT) == 0
+        assert termios.tcgetattr(inner) == before
+    finally:
+        os.close(outer)
+        os.close(inner)
+
+
+def test_migrate_tells_the_passes_and_the_record(cli: Cli) -> None:
+    boot = cli("vm", "exec", "one", "--", "cat", "/proc/sys/kernel/random/boot_id").stdout
+    source = cli.json("vm", "show", "one")["peer"]
+    to = "peer2" if source == "peer1" else "peer1"
+    record = cli.json("vm", "migrate", "one", "--to", to, "--bandwidth", "500MB/s")
+    assert (record["from"], record["to"], record["ok"]) == (source, to, True)
+    assert len(record["passes"]) >= 2
+    assert record["downtime_ms"]["host"] > 0
+    back = cli("vm", "migrate", "one", "--to", source)
+    assert f"one: {to} → {source} moved in" in back.stdout
+    assert "pass 1: " in back.stderr
+    assert cli("vm", "exec", "one", "--", "cat", "/proc/sys/kernel/random/boot_id").stdout == boot
+    assert f"is at {source} already" in cli.error("vm", "migrate", "one", "--to", source)["message"]
+    assert cli.error("vm", "migrate", "one", "--to", "peer3")["code"] == "not-found"
