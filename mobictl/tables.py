@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from proto.units import format_size, format_time
+from proto.units import format_percentage, format_rate, format_size, format_time
 
 STATES = {
     "running": "green",
@@ -127,6 +127,12 @@ _FORMS: dict[str, Callable[[Any], str | Text]] = {
     "started": moment,
     "joined": moment,
     "rtt_ms": milliseconds,
+    "delay": seconds,
+    "jitter": seconds,
+    "rate": format_rate,
+    "loss": format_percentage,
+    "reorder": format_percentage,
+    "duplicate": format_percentage,
 }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mobid.config import cache_directory
-from tests.cli import TIMEOUT, Cli, clean, home
+from tests.cli import ROOT, TIMEOUT, Cli, clean, home
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
 
@@ -151,3 +151,37 @@ def test_migrate_tells_the_passes_and_the_record(cli: Cli) -> None:
     assert cli("vm", "exec", "one", "--", "cat", "/proc/sys/kernel/random/boot_id").stdout == boot
     assert f"is at {source} already" in cli.error("vm", "migrate", "one", "--to", source)["message"]
     assert cli.error("vm", "migrate", "one", "--to", "peer3")["code"] == "not-found"
+
+
+def test_a_lab_from_its_file_to_its_end(cli: Cli, tmp_path: Path) -> None:
+    file = str(ROOT / "deploy/examples/two-guests.yaml")
+    plan = cli.json("lab", "plan", file)
+    assert [guest["vm"] for guest in plan["guests"]] == ["a", "b"]
+    assert cli.json("lab", "ls") == []
+
+    up = cli("lab", "up", file)
+    assert "a: running\n" in up.stderr
+    assert "two-guests is up" in up.stdout
+    pinged = cli("vm", "exec", "a", "--", "ping", "-c", "2", "-W", "5", "b").stdout
+    assert "2 packets received" in pinged
+    assert "10.8.0.2" in pinged
+    assert cli.json("net", "ls")[0]["delay"] == 0.01
+    assert cli.json("net", "impair", "a-eth1--b-eth1", "--delay", "40ms", "--loss", "0%")["delay"] == 0.04
+    assert cli("lab", "graph", "two-guests", "--format", "svg").stdout.count("<rect") == 3
+
+    assert cli.error("lab", "up", file)["code"] == "exists"
+    elsewhere = tmp_path / "elsewhere.yaml"
+    elsewhere.write_text(
+        Path(file)
+        .read_text()
+        .replace("name: two-guests", "name: other")
+        .replace("a: {}", "a: {place: pear1}")
+    )
+    problem = cli.error("lab", "up", str(elsewhere))["problems"][0]
+    assert problem["message"] == "'a' is placed at 'pear1', which is no peer here; did you mean 'peer1'?"
+    assert (problem["line"], problem["column"]) == (13, 16)
+    assert [lab["lab"] for lab in cli.json("lab", "ls")] == ["two-guests"]
+
+    cli("lab", "down", "two-guests")
+    assert cli.json("net", "ls") == []
+    assert cli.error("lab", "down", "two-guests")["code"] == "not-found"
