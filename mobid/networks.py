@@ -553,11 +553,14 @@ class Networks:
 
     async def _each(self, guest: str, op: str, **arguments: Any) -> None:
         """One operation on all ports of a guest; raises `OperationError`."""
+        ports = self._ports_of(guest)
+        if not ports:
+            return
         switch = self._switch
         if switch is None:
             raise OperationError("failed", f"{op} of {guest}: the switch does not run")
         try:
-            for _, port in self._ports_of(guest):
+            for _, port in ports:
                 await switch.call(op, port=port.handle, **arguments)
         except HelperError as error:
             raise OperationError("failed", f"{op} of {guest}: {error.message}") from None
@@ -605,6 +608,8 @@ class Networks:
     async def frames(self, guest: str) -> Frames:
         """How many frames for this guest were held or lost here."""
         handles = {port.handle for _, port in self._ports_of(guest)}
+        if not handles:
+            return Frames(0, 0)
         rows = [row for row in await self.port_counters() if row["port"] in handles]
         return Frames(sum(row["held"] for row in rows), sum(row["lost_held"] for row in rows))
 
