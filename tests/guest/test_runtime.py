@@ -189,6 +189,30 @@ async def test_a_peer_that_was_killed_takes_its_guests_back(peer: PeerProcess) -
     assert (await peer.execute("two", "true"))[0] == 0
 
 
+async def test_a_guest_that_died_while_the_peer_was_away_is_started_again(peer: PeerProcess) -> None:
+    await run(peer)
+    await peer.execute("one", "sh", "-c", "echo kept > /root/kept && sync")
+    before = await pids(peer, "one")
+    peer.kill()
+    for pid in before.values():
+        os.kill(pid, signal.SIGKILL)
+    await peer.start()
+    await until(peer, "one", lambda row: row["restarts"] == 1 and row["state"] == "running")
+    assert await peer.execute("one", "cat", "/root/kept") == (0, b"kept\n", b"")
+
+
+async def test_guests_end_with_their_peer_and_start_with_it(peer: PeerProcess) -> None:
+    await run(peer)
+    await peer.execute("one", "sh", "-c", "echo kept > /root/kept")
+    before = await pids(peer, "one")
+    await peer.stop()
+    assert not [pid for pid in before.values() if Path(f"/proc/{pid}").exists()]
+    await peer.start()
+    row = await until(peer, "one", lambda row: row["state"] == "running" and row["uptime"] < 60)
+    assert await peer.execute("one", "cat", "/root/kept") == (0, b"kept\n", b"")
+    assert row["restarts"] == 0
+
+
 @pytest.mark.parametrize(
     ("command", "reason", "state"),
     [
