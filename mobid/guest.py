@@ -39,6 +39,8 @@ logger = structlog.get_logger(__name__)
 FREEZE_TIMEOUT = 10.0
 KILL_TIMEOUT = 10.0
 REATTACH_PAUSE = 0.5
+ADOPT_TIMEOUT = 10.0
+ADOPT_ATTEMPTS = 3
 RECONNECT_TIMEOUT = 30.0
 OVERLAY_RESERVE = 64 << 20
 """Bytes that must be free on the peer's file system before a guest is started."""
@@ -203,7 +205,7 @@ class LocalGuest:
     async def adopt(self) -> None:
         """Find the processes again. `phase` tells what there is; a lost disk process is replaced by `run`."""
         try:
-            self.shim = await self._around.helpers.adopt(self._control, role="guest")
+            self.shim = await self._adopt_shim()
         except HelperError as error:
             if error.code != "not-found":
                 logger.warning("shim cannot be adopted", guest=self.record.key, error=error.message)
@@ -219,6 +221,17 @@ class LocalGuest:
         with contextlib.suppress(HelperError):
             await self._get_memory()
         await self.look()
+
+    async def _adopt_shim(self) -> Helper:
+        """Only a socket that nobody serves says that the guest is gone; a slow host is given time."""
+        for _ in range(ADOPT_ATTEMPTS):
+            try:
+                return await self._around.helpers.adopt(self._control, role="guest", timeout=ADOPT_TIMEOUT)
+            except HelperError as error:
+                if error.code == "not-found":
+                    raise
+                failure = error
+        raise failure
 
     async def _adopt_disks(self) -> None:
         for plan in self.record.disks:

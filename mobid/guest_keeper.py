@@ -72,13 +72,13 @@ class Seen:
     restarts: int | None = None
     cpu_features: tuple[str, ...] | None = None
     xsave_size: int | None = None
-    give_up: bool = False
-    """It shall not run any more until somebody wants it again."""
+    give_up: entries.WantedState | None = None
+    """What was wanted and cannot be had: it is wanted no more."""
 
     def is_known(self, guest: entries.Guest) -> bool:
         """Whether the catalog says this."""
         same = (guest.state, guest.exit_reason, guest.message) == (self.state, self.exit_reason, self.message)
-        return same and not (self.give_up and guest.wanted == "running")
+        return same and self.give_up != guest.wanted
 
 
 class Keeper:
@@ -99,7 +99,8 @@ class Keeper:
         self._pulse = 0
         self._changed = Changed()
         self._leaving = False
-        self._left = trio.Event()
+        self.left = trio.Event()
+        """Set when nobody looks after the guest any more."""
 
     def wake(self) -> None:
         """Something may have changed; look again."""
@@ -110,7 +111,7 @@ class Keeper:
         """End the guest in order, because the peer ends; the catalog goes on wanting it."""
         self._leaving = True
         self.wake()
-        await self._left.wait()
+        await self.left.wait()
 
     @property
     def wanted(self) -> entries.Guest | None:
@@ -142,7 +143,6 @@ class Keeper:
             if self.local.phase in ("running", "paused"):
                 await self._end_guest(self.local)
             await self._put_away(self.local)
-        self._left.set()
 
     def _ours(self) -> bool:
         wanted = self.wanted
@@ -186,14 +186,17 @@ class Keeper:
             xsave_size=seen.xsave_size,
         )
         entry: entries.Entry = report
-        if seen.give_up and guest.wanted == "running":
-            give_up = entries.SetWanted(guest=guest.key, wanted="stopped")
+        if seen.give_up == guest.wanted:
+            instead: entries.WantedState = "running" if seen.give_up == "paused" else "stopped"
+            give_up = entries.SetWanted(guest=guest.key, wanted=instead)
             entry = entries.Batch(entries=(report, give_up))
         try:
             await self._k.catalog.propose(entry)
         except OperationError as error:
             logger.warning("guest cannot be reported", guest=guest.key, code=error.code, error=error.message)
             return False
+        # Said once: who wants it again later shall be heard.
+        self._seen = replace(seen, give_up=None)
         return True
 
     async def _see(self, seen: Seen) -> bool:
@@ -235,7 +238,7 @@ class Keeper:
             self._seen = Seen("starting", reason, message, restarts=guest.restarts + 1)
         else:
             self._retry_at = None
-            self._seen = Seen(verdict.state, reason, message, give_up=True)
+            self._seen = Seen(verdict.state, reason, message, give_up="running")
             if verdict.state == "failed":
                 self._k.events.emit("guest.failed", guest=guest.key, reason=reason, message=message)
 
@@ -280,8 +283,7 @@ class Keeper:
             await local.pause()
         except OperationError as error:
             local.trouble = error.message
-            await self._see(Seen("running", message=error.message))
-            await trio.sleep(REPORT_AGAIN)
+            await self._see(Seen("running", message=error.message, give_up="paused"))
             return
         local.trouble = ""
         self._k.events.emit("guest.paused", guest=guest.key)

@@ -101,7 +101,7 @@ class GuestOperations:
         await self._catalog.propose(entries.AddGuest(guest=guest))
         try:
             await request.item({"stage": "starting", "guest": guest.key, "state": "pending"})
-            return self._row(await self._settled(guest.key, ("running",)))
+            return self._row(await self._settled(guest.key, "running", ("running",)))
         except BaseException:
             with trio.CancelScope(shield=True), trio.move_on_after(GONE_TIMEOUT):
                 await self._remove(guest)
@@ -175,25 +175,30 @@ class GuestOperations:
         guest = self._catalog.state.guests.get(key)
         if guest is None or guest.wanted != wanted:
             await self._catalog.propose(entries.SetWanted(guest=key, wanted=wanted))
-        return await self._settled(key, states)
+        return await self._settled(key, wanted, states)
 
-    async def _settled(self, key: str, states: tuple[entries.GuestState, ...]) -> entries.Guest:
-        """Wait until the guest is in one of these states. Raises `OperationError` if it failed or is gone."""
-        index = self._catalog.state.index
+    async def _settled(
+        self, key: str, wanted: entries.WantedState, states: tuple[entries.GuestState, ...]
+    ) -> entries.Guest:
+        """Wait until the guest is in one of these states. Raises `OperationError` if that was given up."""
 
         def over(state: State) -> bool:
             guest = state.guests.get(key)
-            if guest is None or guest.state in states:
-                return True
-            # A failure of before this wait is what a start is meant to mend.
-            return guest.state == "failed" and guest.wanted == "stopped" and state.index > index
+            return guest is None or guest.wanted != wanted or guest.state in states
 
-        state = await self._catalog.wait(over, timeout=CHANGE_TIMEOUT)
+        try:
+            state = await self._catalog.wait(over, timeout=CHANGE_TIMEOUT)
+        except OperationError as error:
+            guest = self._catalog.state.guests.get(key)
+            if error.code != "timeout" or guest is None:
+                raise
+            why = f": {guest.message}" if guest.message else ""
+            raise OperationError("timeout", f"{key} is still {guest.state}{why}") from None
         guest = state.guests.get(key)
         if guest is None:
             raise OperationError("not-found", f"{key} was removed meanwhile")
         if guest.state not in states:
-            raise OperationError("failed", guest.message or f"{key} failed ({guest.exit_reason})")
+            raise OperationError("failed", guest.message or f"{key} is {guest.state} ({guest.exit_reason})")
         return guest
 
     def _must_be(self, key: str, states: tuple[entries.GuestState, ...]) -> None:

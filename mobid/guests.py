@@ -285,6 +285,7 @@ class Guests:
                     self.events.emit("guest.trouble", guest=keeper.id, message=f"internal error: {error}")
                 await trio.sleep(KEEPER_PAUSE)
         finally:
+            keeper.left.set()
             if self._keepers.get(keeper.id) is keeper:
                 del self._keepers[keeper.id]
                 self._departed.set()

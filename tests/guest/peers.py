@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,14 @@ class PeerProcess:
     """One peer in a directory of its own; it can be killed and started again."""
 
     def __init__(
-        self, directory: Path, name: str = "tokyo", environment: Mapping[str, str] | None = None
+        self,
+        directory: Path,
+        name: str = "tokyo",
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
+        self.prefix = list(prefix)
+        """A command that runs the peer's, in another namespace for example."""
         self.directory = directory
         self.name = name
         self.process: subprocess.Popen[bytes] | None = None
@@ -58,7 +64,7 @@ class PeerProcess:
         log = self.directory.with_name(self.directory.name + ".log")
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*command, "--listen", "127.0.0.1:0"],
+                [*self.prefix, *command, "--listen", "127.0.0.1:0"],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

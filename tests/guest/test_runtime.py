@@ -235,6 +235,8 @@ async def test_an_end_from_inside_is_told_and_judged(
         lambda row: (row["state"] == state and row["started"] != started) or row["state"] == "stopped",
     )
     assert row["state"] == state
+    if state == "stopped":
+        assert (await peer.call("vm.start", {"vm": "one"}))["state"] == "running"
     assert [event["reason"] for event in await events(peer, "guest.exited")] == [reason]
     if state == "running":
         assert row["restarts"] == 1
@@ -389,3 +391,38 @@ async def test_a_peer_without_image_and_kernel_gets_them_from_another(
         assert list((other.directory / "guests").iterdir()) == []
     finally:
         await other.stop()
+
+
+async def test_a_full_disk_stops_the_guest_until_there_is_room(tmp_path: Path, peer: PeerProcess) -> None:
+    """The peer's directory is a small file system of its own, in a mount namespace."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mount = f'mount -t tmpfs -o size=160m tmpfs {directory} && exec "$@"'
+    small = PeerProcess(
+        directory / "peer", environment=peer.environment, prefix=["unshare", "-rm", "sh", "-c", mount, "sh"]
+    )
+    try:
+        await small.start()
+    except AssertionError:
+        pytest.skip("this host does not let a user mount a tmpfs in a namespace of its own")
+    assert small.process is not None
+    ballast = Path(f"/proc/{small.process.pid}/root{directory}/ballast")
+    try:
+        ballast.write_bytes(bytes(80 << 20))
+        await run(small, disk=128 << 20)
+        command = "dd if=/dev/urandom of=/dev/vdb bs=1M count=100 2>/dev/null && sync && echo done"
+        results: list[tuple[int, bytes, bytes]] = []
+
+        async def write() -> None:
+            results.append(await small.execute("one", "sh", "-c", command))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            row = await until(small, "one", lambda row: row["state"] == "paused")
+            assert "vdb" in row["message"]
+            assert "space" in row["message"]
+            ballast.unlink()
+            await until(small, "one", lambda row: row["state"] == "running" and row["message"] is None)
+        assert results == [(0, b"done\n", b"")]
+    finally:
+        await small.stop()
