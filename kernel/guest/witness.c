@@ -2,14 +2,16 @@
 /*
  * mobi-witness: a program that knows whether its machine was moved correctly.
  *
- *   mobi-witness run [--memory MIB] [--threads N] [--disk FILE] [--listen PORT | --connect HOST:PORT] [--socket PATH]
+ *   mobi-witness run [--memory MIB] [--threads N] [--rate MB/S] [--disk FILE] [--listen PORT | --connect HOST:PORT]
+ *                    [--socket PATH]
  *   mobi-witness report [--socket PATH]
  *
  * Every page of memory holds its own address, its round and a checksum over all of it: a stale, torn or exchanged page
- * cannot look right. The disk file is a ring of records written with fsync and read back. The TCP stream carries
- * numbered, checksummed records both ways over one connection, which is never opened anew: a connection that breaks
- * is an error. A clock loop keeps the largest hole in CLOCK_MONOTONIC. Each kind of check counts what it did and what
- * was wrong; `report` prints that as one JSON object and exits 1 if anything was.
+ * cannot look right. `--rate` says how many megabytes all threads together write per second. The disk file is a ring of
+ * records written with fsync and read back. The TCP stream carries numbered, checksummed records both ways over one
+ * connection, which is never opened anew: a connection that breaks is an error. A clock loop keeps the largest hole in
+ * CLOCK_MONOTONIC, the receiver the largest one between two records; both begin anew after every report. Each kind of
+ * check counts what it did and what was wrong; `report` prints that as one JSON object and exits 1 if anything was.
  *
  * The idea of an increasing pattern checked from inside is that of QEMU's tests/qtest/migration-test.c.
  */
@@ -52,7 +54,7 @@ struct record {
 
 static struct {
 	_Atomic uint64_t pages, page_errors, records, disk_errors, sent, received, tcp_errors, connected,
-		largest_gap_ns;
+		largest_gap_ns, largest_tcp_gap_ns;
 } count;
 static char first_error[256];
 static pthread_mutex_t error_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -60,6 +62,7 @@ static pthread_mutex_t error_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct {
 	size_t memory;
 	int threads;
+	uint64_t rate; /* bytes/s, 0 = as fast as it goes */
 	const char *disk, *connect, *socket;
 	int listen;
 } options = {.memory = 16 << 20, .threads = 2, .socket = DEFAULT_SOCKET};
@@ -85,6 +88,22 @@ static void pause_ms(long milliseconds)
 	nanosleep(&t, NULL);
 }
 
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void keep_larger(_Atomic uint64_t *largest, uint64_t value)
+{
+	uint64_t seen = atomic_load(largest);
+
+	while (value > seen && !atomic_compare_exchange_weak(largest, &seen, value))
+		continue;
+}
+
 /* ---- memory ---- */
 
 static uint64_t mix(uint64_t x)
@@ -103,8 +122,8 @@ static uint64_t page_fill(struct page *page, uint64_t round)
 	page->address = (uint64_t)(uintptr_t)page;
 	page->round = round;
 	for (size_t i = 0; i < sizeof page->fill / 8; i++) {
-		page->fill[i] = seed + i;
-		sum += mix(seed + i);
+		page->fill[i] = mix(seed + i);
+		sum += page->fill[i];
 	}
 	page->sum = sum ^ round;
 	return round;
@@ -116,14 +135,28 @@ static bool page_right(const struct page *page, uint64_t round)
 	bool right = page->address == (uint64_t)(uintptr_t)page && page->round == round;
 
 	for (size_t i = 0; right && i < sizeof page->fill / 8; i++) {
-		right = page->fill[i] == seed + i;
-		sum += mix(seed + i);
+		right = page->fill[i] == mix(seed + i);
+		sum += page->fill[i];
 	}
 	return right && page->sum == (sum ^ round);
 }
 
+/* Wait until the next page is due. A machine that was away does not catch up: that would be a burst. */
+static void keep_pace(uint64_t *due)
+{
+	const uint64_t period = PAGE * UINT64_C(1000000000) * (uint64_t)options.threads / options.rate;
+	const uint64_t now = now_ns();
+
+	*due += period;
+	if (*due > now + 1000000)
+		pause_ms((long)((*due - now) / 1000000));
+	else if (now > *due + 20000000)
+		*due = now;
+}
+
 static void *check_memory(void *unused)
 {
+	uint64_t due = now_ns();
 	size_t pages = options.memory / (size_t)options.threads / PAGE;
 	struct page *memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
@@ -139,7 +172,9 @@ static void *check_memory(void *unused)
 					(unsigned long long)round);
 			page_fill(&memory[i], round);
 			atomic_fetch_add(&count.pages, 1);
-			if (i % 256 == 255)
+			if (options.rate)
+				keep_pace(&due);
+			else if (i % 256 == 255)
 				pause_ms(1);
 		}
 		pause_ms(1);
@@ -228,6 +263,7 @@ static void *send_records(void *argument)
 
 static void exchange(int fd)
 {
+	uint64_t before = now_ns(), after;
 	pthread_t sender;
 	int one = 1;
 
@@ -245,6 +281,9 @@ static void exchange(int fd)
 		if (!record_right(&record, number))
 			wrong(&count.tcp_errors, "record %llu of the stream is wrong", (unsigned long long)number);
 		atomic_fetch_add(&count.received, 1);
+		after = now_ns();
+		keep_larger(&count.largest_tcp_gap_ns, after - before);
+		before = after;
 	}
 }
 
@@ -298,21 +337,17 @@ static void *connect_tcp(void *unused)
 
 static void *check_clock(void *unused)
 {
-	struct timespec t;
-	uint64_t before, after;
+	uint64_t before = now_ns(), after;
 
 	(void)unused;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	before = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 	for (;;) {
 		pause_ms(1);
-		clock_gettime(CLOCK_MONOTONIC, &t);
-		after = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+		after = now_ns();
 		if (after < before)
 			wrong(&count.page_errors, "CLOCK_MONOTONIC went back by %llu ns",
 				(unsigned long long)(before - after));
-		if (after - before > atomic_load(&count.largest_gap_ns))
-			atomic_store(&count.largest_gap_ns, after - before);
+		else
+			keep_larger(&count.largest_gap_ns, after - before);
 		before = after;
 	}
 	return NULL;
@@ -335,12 +370,13 @@ static void answer(int fd)
 		"{\"bad\": %llu, \"pages\": %llu, \"page_errors\": %llu, \"disk_records\": %llu, \"disk_errors\": "
 		"%llu, "
 		"\"tcp_sent\": %llu, \"tcp_received\": %llu, \"tcp_errors\": %llu, \"tcp_connections\": %llu, "
-		"\"largest_gap_ms\": %.3f, \"first_error\": \"%s\"}\n",
+		"\"largest_gap_ms\": %.3f, \"largest_tcp_gap_ms\": %.3f, \"first_error\": \"%s\"}\n",
 		(unsigned long long)bad, (unsigned long long)count.pages, (unsigned long long)count.page_errors,
 		(unsigned long long)count.records, (unsigned long long)count.disk_errors,
 		(unsigned long long)count.sent, (unsigned long long)count.received,
 		(unsigned long long)count.tcp_errors, (unsigned long long)count.connected,
-		(double)count.largest_gap_ns / 1e6, first_error);
+		(double)atomic_exchange(&count.largest_gap_ns, 0) / 1e6,
+		(double)atomic_exchange(&count.largest_tcp_gap_ns, 0) / 1e6, first_error);
 	pthread_mutex_unlock(&error_lock);
 	fclose(out);
 }
@@ -404,9 +440,8 @@ static int report(void)
 
 static int usage(FILE *out)
 {
-	fprintf(out, "usage: mobi-witness run [--memory MIB] [--threads N] [--disk FILE] [--listen PORT | --connect "
-		     "HOST:PORT]\n"
-		     "                        [--socket PATH]\n"
+	fprintf(out, "usage: mobi-witness run [--memory MIB] [--threads N] [--rate MB/S] [--disk FILE]\n"
+		     "                        [--listen PORT | --connect HOST:PORT] [--socket PATH]\n"
 		     "       mobi-witness report [--socket PATH]\n");
 	return out == stdout ? 0 : 2;
 }
@@ -414,9 +449,10 @@ static int usage(FILE *out)
 int main(int argc, char **argv)
 {
 	static const struct option known[] = {{"memory", required_argument, NULL, 'm'},
-		{"threads", required_argument, NULL, 't'}, {"disk", required_argument, NULL, 'd'},
-		{"listen", required_argument, NULL, 'l'}, {"connect", required_argument, NULL, 'c'},
-		{"socket", required_argument, NULL, 's'}, {"help", no_argument, NULL, 'h'}, {0}};
+		{"threads", required_argument, NULL, 't'}, {"rate", required_argument, NULL, 'r'},
+		{"disk", required_argument, NULL, 'd'}, {"listen", required_argument, NULL, 'l'},
+		{"connect", required_argument, NULL, 'c'}, {"socket", required_argument, NULL, 's'},
+		{"help", no_argument, NULL, 'h'}, {0}};
 	int option;
 
 	while ((option = getopt_long(argc, argv, "", known, NULL)) != -1) {
@@ -426,6 +462,9 @@ int main(int argc, char **argv)
 			break;
 		case 't':
 			options.threads = atoi(optarg);
+			break;
+		case 'r':
+			options.rate = strtoull(optarg, NULL, 10) * 1000000;
 			break;
 		case 'd':
 			options.disk = optarg;
@@ -445,7 +484,7 @@ int main(int argc, char **argv)
 	}
 	if (optind == argc - 1 && strcmp(argv[optind], "report") == 0)
 		return report();
-	if (optind == argc - 1 && strcmp(argv[optind], "run") == 0 && options.threads > 0)
+	if (optind == argc - 1 && strcmp(argv[optind], "run") == 0 && options.threads >= 0)
 		return run();
 	return usage(stderr);
 }
