@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
-from mobid.config import cache_directory
 from tests.guest.peers import PeerProcess, eventually
+from tests.guest.witness import missing, two_peers
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.guest,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
 
 Row = dict[str, Any]
 
@@ -24,31 +25,8 @@ COUNTER = "while :; do echo >> /tmp/counter; sleep 0.002; done"
 
 @pytest.fixture
 async def mesh(tmp_path: Path, helper_binary: Path) -> AsyncIterator[list[PeerProcess]]:
-    """Two peers of one mesh; tokyo coordinates."""
-    cache = cache_directory()
-    for needed in (
-        cache / "images/mini/image.json",
-        *(() if os.environ.get("MOBI_KERNEL") else (cache / "kernel",)),
-    ):
-        if not needed.exists():
-            pytest.skip(f"{needed} is not there (make setup builds it)")
-    environment = {"MOBI_HELPER": str(helper_binary)}
-    peers = [PeerProcess(tmp_path / name, name, environment) for name in ("tokyo", "virginia")]
-    async with AsyncExitStack() as stack:
-        for peer in peers:
-            await peer.start()
-            stack.push_async_callback(peer.stop)
-        token = await peers[0].call("peer.token.new", {})
-        await peers[1].call("peer.join", {"token": token["token"]})
-        await eventually(lambda: joined(peers[1]))
-        yield peers
-
-
-async def joined(peer: PeerProcess) -> bool:
-    try:
-        return bool(len(await peer.call("peer.ls")) == 2)
-    except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-        return False
+    async with two_peers(tmp_path, {"MOBI_HELPER": str(helper_binary)}) as peers:
+        yield list(peers)
 
 
 async def migrate(peer: PeerProcess, name: str, to: str, **more: Any) -> Row:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two guests that know whether they were moved correctly, on two real peers.
 
-`mover` and `friend` each run the witness (`kernel/guest/witness.c`): threads that check a pattern in memory, a
-file written with fsync and read back, and one TCP connection between the two, which is never opened anew. The
-tests, the soak and the benchmark move `mover` from peer to peer and ask both witnesses what they saw.
+`mover` and `friend` each run the witness (`kernel/guest/witness.c`): threads that check a pattern in memory,
+a file written with fsync and read back, and one TCP connection between the two, which is never opened anew.
+The tests, the soak and the benchmark move `mover` from peer to peer and ask both witnesses what they saw.
 """
 
 from __future__ import annotations
@@ -196,10 +196,7 @@ class Witnesses:
         async def gone_on() -> bool:
             now = await self.reports()
             return all(
-                now[guest][key] > before[guest][key]
-                for guest in now
-                for key in GROWING
-                if before[guest][key]
+                now[guest][key] > before[guest][key] for guest in now for key in GROWING if before[guest][key]
             )
 
         return bool(await eventually(gone_on))
@@ -228,6 +225,12 @@ def file_system_errors(image: Path) -> str:
     """What e2fsck says of a file system that was unmounted in order; nothing if it is clean."""
     done = subprocess.run(["e2fsck", "-fn", str(image)], capture_output=True, text=True, timeout=60)
     return done.stdout + done.stderr if done.returncode else ""
+
+
+def file_in(image: Path, path: str) -> bytes:
+    """The content of a file inside a file system."""
+    command = ["debugfs", "-R", f"cat {path}", str(image)]
+    return subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
