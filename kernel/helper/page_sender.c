@@ -12,7 +12,8 @@ enum {
 	ANSWER_MS = 30000,
 	FLUSH_BYTES = 128 * 1024,
 	ZSTD_LEVEL = 1,
-	PROGRESS_RUNS = 64, /* how many runs between two looks at the clock */
+	RAW_RATE = 250 * 1000 * 1000, /* bytes/s from which compressing the last pages costs more than it saves */
+	PROGRESS_RUNS = 64,           /* how many runs between two looks at the clock */
 };
 
 /* Pages and zero runs collected for the next records. All pages of a batch are of one region. */
@@ -23,6 +24,7 @@ struct page_batch {
 	uint64_t *set; /* of a final pass */
 	size_t pages, runs;
 	bool urgent; /* send each record at once: somebody is frozen */
+	bool raw;    /* the network is faster than the compressor */
 	uint32_t numbers[RECORD_PAGES_MAX];
 	uint32_t run[RECORD_RUNS_MAX][2];
 	_Alignas(64) uint8_t data[RECORD_PAGES_MAX][PAGE_BYTES];
@@ -124,9 +126,11 @@ static bool send_pages(struct page_sender *sender)
 	uint8_t *record = page_stream_begin(sender->stream, head + ZSTD_compressBound(raw));
 	if (!record)
 		return false;
-	size_t packed =
-		ZSTD_compressCCtx(batch->zstd, record + head, ZSTD_compressBound(raw), batch->data, raw, ZSTD_LEVEL);
+	size_t packed = raw;
 	uint8_t encoding = ENCODING_ZSTD;
+	if (!batch->raw)
+		packed = ZSTD_compressCCtx(
+			batch->zstd, record + head, ZSTD_compressBound(raw), batch->data, raw, ZSTD_LEVEL);
 	if (ZSTD_isError(packed) || packed >= raw) {
 		encoding = ENCODING_RAW;
 		packed = raw;
@@ -311,7 +315,7 @@ bool page_sender_pass(struct page_sender *sender, struct page_stats *stats)
 	uint64_t started = loop_now(), sent = atomic_load(&sender->stream->sent_bytes);
 	const uint8_t *answer;
 	sender->stream->paced = true;
-	sender->batch->urgent = false;
+	sender->batch->urgent = sender->batch->raw = false;
 	bool ok = send_changes(sender, stats) && flush(sender) && expect(sender, RECORD_PASSED, stats->pass, &answer);
 	stats->duration_ns = loop_now() - started;
 	stats->sent_bytes = atomic_load(&sender->stream->sent_bytes) - sent;
@@ -364,6 +368,7 @@ bool page_sender_final(struct page_sender *sender, bool release, struct page_sta
 	uint64_t started = loop_now(), sent = atomic_load(&stream->sent_bytes), released_at = UINT64_MAX;
 	stream->paced = false;
 	sender->batch->urgent = true;
+	sender->batch->raw = sender->passes > 0 && page_stream_rate(stream) > RAW_RATE;
 	bool ok = send_changes(sender, stats);
 	page_root_bytes(sender->regions->root, final->root);
 	ok = ok && send_root(sender, stats->pass, final->root) && (!release || send_release(sender, &released_at)) &&

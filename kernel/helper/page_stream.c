@@ -5,12 +5,13 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/tcp.h>
 #include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <openssl/core_names.h>
 #include <openssl/kdf.h>
 #include <openssl/params.h>
 #include <poll.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -116,6 +117,16 @@ void page_stream_seal(struct page_stream *stream, size_t length)
 	put_u32(prefix, (uint32_t)(length + AEAD_TAG));
 	aead_seal(stream->seal.aead, next_nonce(&stream->seal), prefix, STREAM_LENGTH_BYTES, record, length, record);
 	stream->out_end += STREAM_LENGTH_BYTES + length + AEAD_TAG;
+}
+
+uint64_t page_stream_rate(const struct page_stream *stream)
+{
+	struct tcp_info info = {0};
+	socklen_t length = sizeof(info);
+	if (getsockopt(stream->fd, IPPROTO_TCP, TCP_INFO, &info, &length) < 0 ||
+		length < offsetof(struct tcp_info, tcpi_delivery_rate) + sizeof(info.tcpi_delivery_rate))
+		return 0;
+	return info.tcpi_delivery_rate;
 }
 
 /* Waits for `events` on the socket; false when stopped, after a silence of timeout_ms, or on a poll error. */

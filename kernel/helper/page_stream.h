@@ -52,6 +52,8 @@ void page_stream_close(struct page_stream *stream);
 /* Room for a record of up to `limit` bytes; page_stream_seal() then seals its first `length` bytes. NULL = failed. */
 uint8_t *page_stream_begin(struct page_stream *stream, size_t limit);
 void page_stream_seal(struct page_stream *stream, size_t length);
+/* What the network carried lately, in bytes/s by TCP's own measure; 0 if unknown. */
+uint64_t page_stream_rate(const struct page_stream *stream);
 /* Hands everything sealed so far to the kernel. */
 bool page_stream_flush(struct page_stream *stream);
 static inline size_t page_stream_pending(const struct page_stream *stream)
