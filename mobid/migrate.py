@@ -183,14 +183,16 @@ class Migrations:
     @operation("migration.durable", role="peer", args=MigrationArguments, timeout=DURABLE_TIMEOUT)
     async def durable(self, _request: Request, args: MigrationArguments) -> dict[str, Any]:
         """Answer when the guest that came here is on this host's disk."""
-        migration = await self._known(args.migration)
-        shell = self._shells.get(migration.id)
+        id = args.migration
+        known = await self._catalog.wait(lambda s: id in s.migrations and s.migrations[id].state != "open")
+        migration = known.migrations[id]
+        shell = self._shells.get(id)
         if shell is not None:
             await shell.finished.wait()
         guest = self._catalog.state.guests.get(migration.guest)
         if guest is None or guest.owner != self._me or guest.epoch > migration.epoch + 1:
             return {}  # removed, or moved on with what came here: the old copy has no claim left
-        if migration.state == "open" or not await sync_disks(self._around.guests.local(migration.guest)):
+        if not await sync_disks(self._around.guests.local(migration.guest)):
             raise OperationError("failed", f"the copy of {migration.guest} here is not durable")
         return {}
 

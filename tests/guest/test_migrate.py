@@ -47,7 +47,7 @@ async def where(peer: PeerProcess, name: str) -> tuple[str, str, int]:
 
 async def test_a_guest_moves_there_and_back_while_it_works(mesh: list[PeerProcess]) -> None:
     tokyo, virginia = mesh
-    await tokyo.call("vm.run", {"image": "mini", "name": "one"})
+    await tokyo.call("vm.run", {"image": "mini", "name": "one", "place": "tokyo"})
     make = "dd if=/dev/urandom of=/root/data bs=64k count=64 2>/dev/null; md5sum /root/data"
     _, checksum, _ = await tokyo.execute("one", "sh", "-c", make)
     await tokyo.execute("one", "sh", "-c", f"({COUNTER}) </dev/null >/dev/null 2>&1 & echo started")
