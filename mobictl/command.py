@@ -156,7 +156,7 @@ def _click_error(error: Exception, as_json: bool) -> int:
         raise error
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "mobictl"
-    text = str(words()).strip().rstrip(".")
+    text = str(words()).strip().rstrip(".").replace("Value error, ", "")
     message = text[:1].lower() + text[1:]
     write_error(OperationError("bad-argument", message, f"see: {path} --help"), as_json=as_json)
     return int(getattr(error, "exit_code", 2))
@@ -165,8 +165,11 @@ def _click_error(error: Exception, as_json: bool) -> int:
 def _wrong_document(error: DocumentError, as_json: bool) -> None:
     first = error.findings[0]
     count = len(error.findings)
-    place = f"{error.source}:{first.line}:{first.column}" if first.line else error.source
+    place = f"{error.source}:{first.line}:{first.column}"
     more = f" (and {count - 1} more)" if count > 1 else ""
+    if not first.line:
+        write_error(OperationError("bad-argument", f"{error.source}: {first.message}"), as_json=as_json)
+        return
     if as_json:
         problems = [
             {"line": f.line, "column": f.column, "path": f.path, "message": f.message} for f in error.findings

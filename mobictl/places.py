@@ -125,7 +125,8 @@ def load_manifest(directory: Path) -> Manifest:
     except FileNotFoundError:
         return Manifest(directory)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OperationError("failed", f"{path} cannot be read: {error}", "give another --dir") from None
+        reason = (error.strerror or "").lower() if isinstance(error, OSError) else error
+        raise OperationError("failed", f"{path} cannot be read: {reason}", "give another --dir") from None
 
 
 @contextmanager

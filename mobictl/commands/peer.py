@@ -8,7 +8,7 @@ import re
 import socket
 import sys
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -100,7 +100,8 @@ def token_new(
     ttl: Annotated[float, options.duration("--ttl", help="How long it is good for.", default="1h")] = 3600.0,
     uses: Annotated[int, typer.Option("--uses", min=1, help="How often it can be used.")] = 1,
     role: Annotated[
-        str, typer.Option("--role", help="peer, or a user's role: viewer, operator, admin.")
+        Literal["peer", "viewer", "operator", "admin"],
+        typer.Option("--role", help="peer, or what a user may do."),
     ] = "peer",
 ) -> None:
     """Make a token that lets a peer or a user in."""

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from mobictl import client, lifecycle, places, takedown
+from mobictl.client import split_address
 from mobictl.commands.peer import peer_table
 from mobictl.labfile import load_wan_file
 from mobictl.progress import reporting
 from mobictl.session import Session
-from proto.api import OperationError
-from proto.problems import suggestion
+from proto.api import OperationError, check_name
 
 MOST_PEERS = 64
 
@@ -75,8 +75,10 @@ def _plan(
     known = [peer.name for peer in places.load_manifest(directory).peers]
     if (name is not None or listen is not None) and peers not in (None, 1):
         raise OperationError("bad-argument", "--name and --listen are for a single peer", "leave out --peers")
+    if listen is not None:
+        split_address(listen)
     if name is not None:
-        return lifecycle.Plan([name], listen=listen)
+        return lifecycle.Plan([check_name(name, "--name")], listen=listen)
     names = known if peers is None and known else [f"peer{n}" for n in range(1, (peers or 1) + 1)]
     return lifecycle.Plan(names, listen=listen)
 
@@ -86,9 +88,8 @@ def down(session: Session) -> None:
     directory = session.root
     manifest = places.load_manifest(directory)
     if not manifest.peers:
-        near = suggestion(directory.name, [], "")
         raise OperationError(
-            "not-found", f"no mesh was started in {directory}{near}", "name its directory with --dir"
+            "not-found", f"no mesh was started in {directory}", "name its directory with --dir"
         )
     with places.directory_lock(directory), reporting(session, "down") as report:
         ended = takedown.take_down(manifest, report)

@@ -223,6 +223,9 @@ def test_ctrl_c_during_up_leaves_nothing(cli: Cli, step: str) -> None:
     assert "Traceback" not in errors
     assert cli.processes() == []
     assert not (cli.dir / "up.json").exists()
+    if step == "joined":
+        again = cli.json("up", "--peers", "2")
+        assert [peer["name"] for peer in again["peers"]] == ["peer1", "peer2"]
 
 
 def test_a_peer_that_cannot_start_says_why_and_leaves_nothing(cli: Cli) -> None:

@@ -44,6 +44,11 @@ USAGE = [
     (["net", "impair", "l:a", "--loss", "1"], "'1' needs a percent sign; write for example 0.1%"),
     (["vm", "run", "mini", "--memory", "64Q"], "'64Q' has an unknown unit 'Q'"),
     (["up", "--peers", "0"], "--peers"),
+    (
+        ["peer", "token", "new", "--role", "king"],
+        "'king' is not one of 'peer', 'viewer', 'operator', 'admin'",
+    ),
+    (["wan", "set", "a", "b"], "say what to change, such as --rtt 100ms"),
 ]
 
 
@@ -64,6 +69,13 @@ UNREACHABLE = [
     (["vm", "ls", "--peer", "nowhere"], "is neither an address nor a peer of"),
     (["vm", "ls", "--peer", "host:port"], "'host:port' is no peer's address"),
     (["down"], "no mesh was started in"),
+    (["up", "--name", "../x"], "--name '../x' is no name"),
+    (["up", "--listen", "x"], "'x' is no peer's address"),
+    (["up", "--name", "a", "--peers", "2"], "are for a single peer"),
+    (["down", "--dir", "/dev/null/x"], "not a directory"),
+    (["up", "--dir", "/dev/null/x"], "not a directory"),
+    (["lab", "validate", "/"], "/: is a directory"),
+    (["lab", "up", "/"], "/: is a directory"),
     (["wan", "show"], "have no emulated WAN between them"),
     (["up", "--wan", "/nonexistent.yaml"], "no such file or directory"),
 ]
