@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -484,6 +484,20 @@ class Networks:
             raise OperationError(
                 "failed", f"{guest.key} cannot be given its port {interface.name}: {error.message}"
             ) from None
+
+    async def make_up(self, guests: Sequence[entries.Guest]) -> None:
+        """For guests that have run since before this peer: if the switch ended while no peer was here, their
+        ports are made again, and they connect to them."""
+        for guest in guests:
+            missing = [i for i in guest.interfaces if (guest.key, i.name) not in self._ports]
+            if not missing:
+                continue
+            try:
+                for interface in missing:
+                    await self.add_port(guest, interface)
+                await self.reconnect(guest.key)
+            except (HelperError, OperationError) as error:
+                self._events.emit("guest.disconnected", guest=guest.key, reason=error.message)
 
     async def _make(self, switch: Switch, port: Port) -> None:
         switch.forget("impair", (port.handle,))

@@ -237,10 +237,21 @@ class Peer:
             self.operations.add(part)
         await nursery.start(self.networks.run)
         nursery.start_soon(self.guests.run)
+        nursery.start_soon(self._make_up_ports)
         nursery.start_soon(self.migrations.run)
 
     async def _reconnect(self, guest: str) -> None:
         await self.guests.local(guest).reconnect()
+
+    async def _make_up_ports(self) -> None:
+        await self.guests.adopted.wait()
+        await self.networks.make_up([g for g in self.catalog.state.guests_of(self.id) if self._runs(g.key)])
+
+    def _runs(self, guest: str) -> bool:
+        try:
+            return self.guests.local(guest).phase == "running"
+        except OperationError:
+            return False
 
     async def _keep_membership(self) -> None:
         """Tell the mesh where this peer is and what its host has; end when it is no member any more."""

@@ -53,7 +53,7 @@ async def mesh(tmp_path: Path, helper_binary: Path) -> AsyncIterator[list[PeerPr
 async def all_see(peers: list[PeerProcess], count: int) -> bool:
     try:
         return all([len(await peer.call("peer.ls")) == count for peer in peers])
-    except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+    except (OperationError, OSError, trio.BrokenResourceError, trio.ClosedResourceError):
         return False
 
 
@@ -145,17 +145,34 @@ async def test_pings_survive_every_move(mesh: list[PeerProcess]) -> None:
 async def test_a_killed_switch_comes_back_with_its_guests(mesh: list[PeerProcess]) -> None:
     tokyo, virginia = mesh
     await eventually(lambda: pings(tokyo, "a", "b"))
-    (pid,) = [
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdecimal() and is_switch_of(entry, tokyo)
-    ]
-    os.kill(pid, signal.SIGKILL)
+    kill_switch(tokyo)
 
     async def again() -> bool:
         return await pings(tokyo, "a", "b") and await pings(virginia, "b", "a")
 
     await eventually(again)
+
+
+async def test_a_switch_killed_together_with_its_peer_comes_back_too(mesh: list[PeerProcess]) -> None:
+    tokyo, virginia = mesh
+    await eventually(lambda: pings(tokyo, "a", "b"))
+    virginia.kill()
+    kill_switch(virginia)
+    await virginia.start()
+
+    async def again() -> bool:
+        return await pings(tokyo, "a", "b") and await pings(virginia, "b", "a")
+
+    await eventually(again)
+
+
+def kill_switch(peer: PeerProcess) -> None:
+    (pid,) = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdecimal() and is_switch_of(entry, peer)
+    ]
+    os.kill(pid, signal.SIGKILL)
 
 
 def is_switch_of(process: Path, peer: PeerProcess) -> bool:
