@@ -56,6 +56,7 @@ class Incoming(Shell):
         self.plan = plan
         self._stream: PageStream | None = None
         self._received = False
+        self._released_ns: int | None = None
 
     async def perform(self, effect: ev.Effect) -> None:
         """Carry out an effect of the destination's machine."""
@@ -117,6 +118,7 @@ class Incoming(Shell):
         async for event in self._stream.events("released", "broken"):
             if event["event"] == "released":
                 self._received = True
+                self._released_ns = int(event["released_ns"])
                 self.feed(ev.Received(bool(event["match"])))
             else:
                 self._broken(str(event["message"]))
@@ -142,7 +144,8 @@ class Incoming(Shell):
             self.feed(ev.StartFailed(await self._may_have_run(error), error.message))
             return
         self.feed(ev.Started())
-        self.say(started={"requested_ns": reply["requested_ns"], "running_ns": reply["running_ns"]})
+        times = {"requested_ns": reply["requested_ns"], "running_ns": reply["running_ns"]}
+        self.say(started={"released_ns": self._released_ns, **times})
         self.soon(self._announce)
 
     async def _may_have_run(self, error: HelperError) -> bool:

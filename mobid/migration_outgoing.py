@@ -66,8 +66,8 @@ class Measured:
 
     began: float = field(default_factory=time.monotonic)
     passes: list[dict[str, Any]] = field(default_factory=list)
-    begun_ns: int | None = None
-    running_ns: int | None = None
+    times: dict[str, int] = field(default_factory=dict)
+    """Moments of the switch (see `PARTS`)."""
     clock: Offset | None = None
     guest_gap_ns: int | None = None
     guest_clock: list[Any] | None = None
@@ -285,7 +285,7 @@ class Outgoing(Shell):
             await self._thaw()
             self.feed(ev.FreezeFailed(error.message))
             return
-        self.measured.begun_ns = int(reply["begun_ns"])
+        self.measured.times |= {"begun": int(reply["begun_ns"]), "frozen": int(reply["frozen_ns"])}
         self.feed(ev.Frozen())
 
     async def _send_final(self) -> None:
@@ -297,6 +297,8 @@ class Outgoing(Shell):
             self.feed(ev.Sent("maybe" if error.code in ("gone", "timeout") else "no"))
             return
         self.measured.final = reply
+        times = {"comparing": int(reply["began_ns"]), "compared": int(reply["compared_ns"])}
+        self.measured.times |= times
         self.feed(ev.Sent(reply["released"]))
         if reply["released"] == "yes" and reply["match"]:
             self.soon(self._redirect)
@@ -347,8 +349,10 @@ class Outgoing(Shell):
         """The destination tells when the guest ran, by its own clock."""
         self.measured.total = time.monotonic() - self.measured.began
         self.changed.set()
-        if self.measured.clock is not None:
-            self.measured.running_ns = self.measured.clock.to_ours(int(started["running_ns"]))
+        clock = self.measured.clock
+        for moment in ("released", "requested", "running"):
+            if clock is not None and started.get(f"{moment}_ns") is not None:
+                self.measured.times[moment] = clock.to_ours(int(started[f"{moment}_ns"]))
 
     async def send(self, peer: str, message: object) -> None:
         """Settle, or ask whether the copy is durable."""
@@ -421,6 +425,7 @@ class Outgoing(Shell):
             "passes": measured.passes,
             "total_s": measured.total or time.monotonic() - measured.began,
             "downtime_ms": self._downtime() if done else dict.fromkeys(DOWNTIMES),
+            "parts_ms": parts(measured.times) if done else dict.fromkeys(PARTS),
             "sent_bytes": sent + int(final.get("sent_bytes", 0)),
             "residue_bytes": changed_bytes(final) if final else None,
             "frames_held": measured.frames.held,
@@ -433,9 +438,8 @@ class Outgoing(Shell):
         }
 
     def _downtime(self) -> dict[str, float | None]:
-        measured, host = self.measured, None
-        if measured.begun_ns is not None and measured.running_ns is not None:
-            host = (measured.running_ns - measured.begun_ns) / 1e6
+        measured = self.measured
+        host = _between(measured.times, "begun", "running")
         gap = measured.guest_gap_ns
         uncertainty = measured.clock.uncertainty / 1e6 if measured.clock else None
         figures = (host, gap / 1e6 if gap is not None else None, None, uncertainty)
@@ -443,3 +447,24 @@ class Outgoing(Shell):
 
 
 DOWNTIMES = ("host", "guest", "network", "uncertainty")
+PARTS = {
+    "freeze": ("begun", "frozen"),
+    "handing_over": ("frozen", "comparing"),
+    "difference": ("comparing", "compared"),
+    "send": ("compared", "released"),
+    "going": ("released", "requested"),
+    "resume": ("requested", "running"),
+}
+"""What the downtime is made of. The two that have no other name are this program's own: from the frozen guest
+to the last pass, and from the release to the go-ahead.
+"""
+
+
+def _between(times: dict[str, int], first: str, last: str) -> float | None:
+    """Milliseconds from one moment to another, if both are known."""
+    return (times[last] - times[first]) / 1e6 if first in times and last in times else None
+
+
+def parts(times: dict[str, int]) -> dict[str, float | None]:
+    """The parts of a downtime; one that crosses hosts is as uncertain as the clocks."""
+    return {name: _between(times, first, last) for name, (first, last) in PARTS.items()}

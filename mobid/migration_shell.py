@@ -157,11 +157,12 @@ class Shell(ABC):
     async def _take(self, event: ev.Event) -> None:
         before = self.machine.state
         effects = self.machine.handle(event, trio.current_time())
-        if before != self.machine.state:
-            log.info("migration.step", id=self.migration.id, was=str(before), now=str(self.machine.state))
+        now = self.machine.state
         self.changed.set()
         for effect in effects:
             await self._perform_common(effect)
+        if before != now:  # told afterwards: a guest may be standing still
+            log.info("migration.step", id=self.migration.id, was=str(before), now=str(now))
 
     async def _perform_common(self, effect: ev.Effect) -> None:
         match effect:

@@ -22,6 +22,7 @@ struct page_batch {
 	struct page_region *region;
 	struct page_stats *stats;
 	uint64_t *set; /* of a final pass */
+	uint64_t compared_ns;
 	size_t pages, runs;
 	bool urgent; /* send each record at once: somebody is frozen */
 	bool raw;    /* the network is faster than the compressor */
@@ -262,6 +263,7 @@ static bool begin_source(struct page_sender *sender, struct page_source *source,
 	if (!batch->set)
 		return page_fail(failure_of(sender), "limit", "no memory for a set of pages");
 	page_scan(sender->regions, region, batch->set);
+	batch->compared_ns = loop_now();
 	page_source_begin_set(source, region, batch->set);
 	return true;
 }
@@ -363,13 +365,15 @@ static bool await_final(struct page_sender *sender, uint32_t pass, bool release,
 bool page_sender_final(struct page_sender *sender, bool release, struct page_stats *stats, struct page_final *final)
 {
 	*stats = (struct page_stats){0};
-	*final = (struct page_final){.released = RELEASED_NO};
+	*final = (struct page_final){.released = RELEASED_NO, .began_ns = loop_now()};
 	struct page_stream *stream = sender->stream;
-	uint64_t started = loop_now(), sent = atomic_load(&stream->sent_bytes), released_at = UINT64_MAX;
+	uint64_t sent = atomic_load(&stream->sent_bytes), released_at = UINT64_MAX;
 	stream->paced = false;
+	sender->batch->compared_ns = final->began_ns;
 	sender->batch->urgent = true;
 	sender->batch->raw = sender->passes > 0 && page_stream_rate(stream) > RAW_RATE;
 	bool ok = send_changes(sender, stats);
+	final->compared_ns = sender->batch->compared_ns;
 	page_root_bytes(sender->regions->root, final->root);
 	ok = ok && send_root(sender, stats->pass, final->root) && (!release || send_release(sender, &released_at)) &&
 	     flush(sender);
@@ -378,7 +382,7 @@ bool page_sender_final(struct page_sender *sender, bool release, struct page_sta
 	ok = ok && await_final(sender, stats->pass, release, final);
 	if (ok && release)
 		final->released = RELEASED_YES;
-	stats->duration_ns = loop_now() - started;
+	stats->duration_ns = loop_now() - final->began_ns;
 	stats->sent_bytes = atomic_load(&stream->sent_bytes) - sent;
 	return ok;
 }

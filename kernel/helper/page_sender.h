@@ -36,6 +36,8 @@ struct page_final {
 	uint8_t root[PAGE_ROOT_BYTES];
 	bool answered; /* `match` is known */
 	bool match;
+	uint64_t began_ns, compared_ns; /* at a sender: when it began, and when it knew what of the memory changed */
+	uint64_t released_ns;           /* at a receiver: when the release was here */
 	enum page_released released;
 };
 

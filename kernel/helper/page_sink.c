@@ -222,6 +222,7 @@ static bool release(struct page_sink *sink, const struct body *body)
 		return bad(sink, "a release that does not follow its root");
 	if (!sink->may_accept(sink->context))
 		return page_fail(failure_of(sink), "bad-state", "the migration was cancelled");
+	sink->released_ns = loop_now();
 	sink->event(sink->context, SINK_RELEASED, sink);
 	/* The right to run is here whether or not the sender hears of it. */
 	answer(sink, RECORD_RELEASED, sink->match, 0);

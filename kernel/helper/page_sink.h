@@ -33,7 +33,7 @@ struct page_sink {
 	uint8_t root[PAGE_ROOT_BYTES];
 	bool match;
 	bool complete; /* the last record was a root: a release may follow */
-	uint64_t pass_began_ns, pass_began_bytes;
+	uint64_t pass_began_ns, pass_began_bytes, released_ns;
 	ZSTD_DCtx *zstd;
 	uint8_t *unpacked;
 };

@@ -128,6 +128,7 @@ static void on_sink_event(void *context, enum page_sink_event event, const struc
 	struct page_worker *worker = context;
 	struct page_notice notice = {.kind = kinds[event], .stats = sink->stats};
 	notice.final.match = sink->match;
+	notice.final.released_ns = sink->released_ns;
 	memcpy(notice.final.root, sink->root, PAGE_ROOT_BYTES);
 	memcpy(worker->root, sink->root, PAGE_ROOT_BYTES);
 	notify(worker, &notice);

@@ -108,6 +108,8 @@ static void on_final(struct pages *pages, const struct page_notice *notice)
 		control_put_bool(reply, "match", notice->final.match);
 	else
 		control_put_nil(reply, "match");
+	control_put_u64(reply, "began_ns", notice->final.began_ns);
+	control_put_u64(reply, "compared_ns", notice->final.compared_ns);
 	control_put_str(reply, "released", released_names[notice->final.released]);
 	control_put_str(reply, "message", notice->failure.code ? notice->failure.message : NULL);
 	control_send(reply);
@@ -175,11 +177,12 @@ static void on_ready(struct pages *pages)
 		control_send(reply);
 }
 
-static void on_released(struct pages *pages)
+static void on_released(struct pages *pages, const struct page_notice *notice)
 {
 	struct control_message *event = control_event(pages->control, "released");
 	pages->state = RELEASED;
 	put_match(event, &pages->final);
+	control_put_u64(event, "released_ns", notice->final.released_ns);
 	control_send(event);
 }
 
@@ -203,7 +206,7 @@ static void on_notice(void *context, int fd, uint32_t events)
 	else if (notice.kind == NOTICE_FINAL)
 		on_final(pages, &notice);
 	else if (notice.kind == NOTICE_RELEASED)
-		on_released(pages);
+		on_released(pages, &notice);
 	else
 		on_progress(pages, &notice);
 	if (pages->leaving && (notice.kind == NOTICE_FINAL || notice.kind == NOTICE_FAILED))

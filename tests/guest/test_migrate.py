@@ -60,6 +60,7 @@ async def test_a_guest_moves_there_and_back_while_it_works(mesh: list[PeerProces
         assert len(record["passes"]) >= 2
         assert record["verified"] == "ok"
         assert record["downtime_ms"]["host"] > 0
+        assert sum(record["parts_ms"].values()) == pytest.approx(record["downtime_ms"]["host"])
         assert record["downtime_ms"]["guest"] is not None
         assert record["downtime_ms"]["network"] is None
         assert not record["rolled_back"]
