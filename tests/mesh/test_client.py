@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from mobictl.client import Mesh, connect
+from mobictl.helpers import alive
 from proto.api import OperationError, PeerArguments
 from tests.cli import Cli, clean, home
 
@@ -69,6 +70,9 @@ async def test_a_peer_that_dies_is_unreachable_at_once(peer: tuple[str, int]) ->
     with pytest.raises(OperationError) as error:
         await follow()
     assert error.value.code == "unreachable"
+    with trio.fail_after(30):
+        while alive(peer[1]):  # noqa: ASYNC110 - its listening socket may be closed after its connections
+            await trio.sleep(0.01)
     with pytest.raises(OperationError) as error:
         async with connect(peer[0]):
             pass
