@@ -38,6 +38,7 @@ LOG_TIMEOUT = 10.0
 DURABLE_TIMEOUT = 120.0
 PROBE_TIMEOUT = 15.0
 SETTLE_TIMEOUT = 5.0
+END_TIMEOUT = 15.0
 
 log = structlog.get_logger()
 
@@ -86,6 +87,14 @@ class Migrations:
                 await self._follow()
             finally:
                 self._nursery = None
+
+    async def end_all(self) -> None:
+        """Give up what can be given up and see the rest through, because the peer ends with its guests."""
+        with trio.move_on_after(END_TIMEOUT):
+            for shell in list(self._shells.values()):
+                shell.feed(ev.Abort("the peer is stopping"))
+            for shell in list(self._shells.values()):
+                await shell.finished.wait()
 
     # Asked by people.
 

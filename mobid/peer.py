@@ -231,6 +231,7 @@ class Peer:
                 logs=self.config.path("pages.log"),
             )
         )
+        self._shutdown.append(self.migrations.end_all)
         nets = NetworkOperations(self.networks, self.catalog, self.links)
         labs = Labs(self.catalog, self.images, self.links)
         for part in (self.images, vms, labs, self.migrations, nets, self.networks.tunnels):
