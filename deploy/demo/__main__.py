@@ -31,8 +31,11 @@ TICK = 0.1
 Json = dict[str, Any]
 
 
+BEGAN = time.monotonic()
+
+
 def say(sentence: str) -> None:
-    print(f"demo: {sentence}", flush=True)
+    print(f"demo: {time.monotonic() - BEGAN:5.1f} s  {sentence}", flush=True)
 
 
 @contextlib.contextmanager
@@ -108,7 +111,8 @@ class Demo:
             gap = measure.largest_gap_ms(prober.lines(), start, measure.now() - STAY / 2)
         record["started"] = start
         record["downtime_ms"]["network"] = gap
-        self.sweeps.append(record.pop("guest_clock", None) or [])
+        clock = record.pop("guest_clock", None) or []
+        self.sweeps.append([[t / 1e9, gap / 1e9] for t, gap in clock])
         self.migrations.append(record)
         self.connections.append(measure.connection(self.directory))
         down = {k: v for k, v in record["downtime_ms"].items() if v is not None}
@@ -164,13 +168,12 @@ def paths(wan: Json) -> list[Json]:
     """The emulated paths with labels for the picture, from `wan show --json`."""
     drawn = []
     for path in wan["paths"]:
-        a, b = path["between"]
         parts = [f"{1000 * path['rtt']:.0f} ms"]
         if path.get("rate"):
             parts.append(f"{8 * path['rate'] / 1e6:.0f} Mbit/s")
         if path.get("loss"):
             parts.append(f"{100 * path['loss']:g} % loss")
-        drawn.append({"a": a, "b": b, "label": " · ".join(parts)})
+        drawn.append({"a": path["a"], "b": path["b"], "label": " · ".join(parts)})
     return drawn
 
 

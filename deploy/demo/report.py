@@ -161,7 +161,7 @@ def render(report: Json) -> str:
     """The whole page. Raises KeyError when the report lacks a key of the contract."""
     moves = moves_of(report)
     stays = stays_of(report, moves)
-    peers = [p["peer"] for p in report["peers"]]
+    peers = [p["name"] for p in report["peers"]]
     paths = [(p["a"], p["b"], p["label"]) for p in report["paths"]]
     stayed = {g["vm"].rpartition("/")[2]: g["peer"] for g in report["guests"] if g["vm"] != report["moved"]}
     samples = [(t, 8 * b / report["tick"] / 1e6) for t, b in report["throughput"]]
