@@ -62,9 +62,10 @@ class Wishes:
 
 @dataclass
 class Measured:
-    """What is known of a migration so far. Times are this host's monotonic clock, ns."""
+    """What is known of a migration so far. Times are of this host's monotonic clock; `started` is UTC."""
 
     began: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.time)
     passes: list[dict[str, Any]] = field(default_factory=list)
     times: dict[str, int] = field(default_factory=dict)
     """Moments of the switch (see `PARTS`)."""
@@ -244,6 +245,7 @@ class Outgoing(Shell):
             decision = precopy.decide(made, time.monotonic())
             seen = max(p.sent / max(p.duration, 1e-6) for p in precopy.passes)
             record = pass_record(done, self.measured.passes, seen)
+            record["start_s"] = time.monotonic() - self.measured.began - record["duration"]
             self.measured.passes.append(record)
             self.say(**{"pass": len(precopy.passes), **record})
             if isinstance(decision, SwitchOver):
@@ -423,7 +425,9 @@ class Outgoing(Shell):
             "mode": "cold" if self.wishes.cold else "precopy",
             "ok": done,
             "passes": measured.passes,
+            "started": measured.started,
             "total_s": measured.total or time.monotonic() - measured.began,
+            "frozen_s": None if measured.begun_ns is None else measured.begun_ns / 1e9 - measured.began,
             "downtime_ms": self._downtime() if done else dict.fromkeys(DOWNTIMES),
             "parts_ms": parts(measured.times) if done else dict.fromkeys(PARTS),
             "sent_bytes": sent + int(final.get("sent_bytes", 0)),

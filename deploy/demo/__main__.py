@@ -25,6 +25,7 @@ from deploy.demo.command import Background, DemoError, background, in_guest, mob
 HERE = Path(__file__).resolve().parent.parent
 WAN = HERE / "examples" / "wan.yaml"
 LAB = HERE / "examples" / "unified-file-server.yaml"
+SITES = ("tokyo", "virginia", "amsterdam")
 ROUTE = ("virginia", "amsterdam", "tokyo")
 STAY = 6.0  # seconds of undisturbed reading before and after each move
 TICK = 0.1
@@ -109,7 +110,6 @@ class Demo:
             record: Json = mobictl(self.directory, "vm", "migrate", measure.PROTOCOL, "--to", to, timeout=600)
             time.sleep(STAY)
             gap = measure.largest_gap_ms(prober.lines(), start, measure.now() - STAY / 2)
-        record["started"] = start
         record["downtime_ms"]["network"] = gap
         clock = record.pop("guest_clock", None) or []
         self.sweeps.append([[t / 1e9, gap / 1e9] for t, gap in clock])
@@ -120,7 +120,7 @@ class Demo:
 
     def checks(self, reads: int, bad: int) -> list[Json]:
         downtimes = [m["downtime_ms"].get(k) for m in self.migrations for k in ("host", "guest", "network")]
-        at = {g["vm"]: g["peer"] for g in mobictl(self.directory, "vm", "ls")}
+        at = {f"{g['lab']}/{g['vm']}": g["peer"] for g in mobictl(self.directory, "vm", "ls")}
         same = len(set(self.connections)) == 1 and self.reconnected == 0
         found = [
             ("every file read is right", reads > 0 and bad == 0, f"{reads} files read, {bad} wrong"),
@@ -146,7 +146,7 @@ class Demo:
         ticks, reads, bad = measure.reader_results(lines)
         checks = self.checks(reads, bad)
         return {
-            "peers": mobictl(self.directory, "peer", "ls"),
+            "peers": sorted(mobictl(self.directory, "peer", "ls"), key=lambda p: SITES.index(p["name"])),
             "guests": mobictl(self.directory, "vm", "ls"),
             "paths": paths(mobictl(self.directory, "wan", "show")),
             "migrations": self.migrations,

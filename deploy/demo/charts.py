@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -156,20 +156,22 @@ def throughput(
     moves: Sequence[Move],
     peers: Sequence[str],
 ) -> str:
-    """Client throughput over time as an area (seconds, Mbit/s), stays as coloured bands, moves marked.
+    """Client throughput over time (seconds, Mbit/s on a logarithmic scale), stays as bands, moves marked.
 
     During `pauses` (start, end) the reader stood still because a placement was measured: a grey foot,
     no line.
     """
     width, height, left, right, top, bottom = 1000, 330, 58, 12, 34, 36
     end = max([s.end for s in stays] + [t for t, _ in samples] + [1.0])
-    peak = max([v for _, v in samples] + [1.0]) * 1.08
+    peak = max([v for _, v in samples] + [10.0]) * 1.5
+    floor = 0.1
 
     def x(t: float) -> float:
         return left + (width - left - right) * t / end
 
     def y(v: float) -> float:
-        return height - bottom - (height - top - bottom) * v / peak
+        share = math.log(max(v, floor) / floor) / math.log(peak / floor)
+        return height - bottom - (height - top - bottom) * share
 
     body = []
     for stay in stays:
@@ -182,7 +184,8 @@ def throughput(
             body.append(
                 text((x(stay.start) + x(stay.end)) / 2, top - 10, stay.peer, anchor="middle", colour=colour)
             )
-    body += y_axis(ticks(0, peak, 5), y, left, width - right, "Mbit/s")
+    decades = [10.0**e for e in range(-1, 6) if floor <= 10.0**e <= peak]
+    body += y_axis(decades, y, left, width - right, "Mbit/s")
     for t in ticks(0, end, 10):
         anchor = "end" if x(t) > width - right - 12 else "middle"
         body.append(text(x(t), height - 14, f"{t:.0f} s", anchor=anchor, colour=MUTED, size=12))
@@ -208,8 +211,9 @@ def throughput(
     return svg(width, height, body, "Client throughput over time, moves marked")
 
 
-def y_axis(values: Sequence[float], y: object, left: float, right: float, unit: str) -> list[str]:
-    assert callable(y)
+def y_axis(
+    values: Sequence[float], y: Callable[[float], float], left: float, right: float, unit: str
+) -> list[str]:
     body = []
     for value in values:
         body.append(

@@ -33,21 +33,18 @@ def number(value: float | None, digits: int = 1) -> str:
 
 
 def moves_of(report: Json) -> list[charts.Move]:
-    """The migrations as drawn: pass times follow one another from the start of the move."""
+    """The migrations as drawn, in seconds since the demo began."""
     moves = []
     for record in report["migrations"]:
         start = record["started"] - report["started"]
-        passes, at = [], start
-        for one in record["passes"]:
-            passes.append((at, at + one["duration"], one["sent_bytes"]))
-            at += one["duration"]
-        downtime = (record["downtime_ms"]["host"] or 0.0) / 1000
-        end = start + max(record["total_s"], at - start)
-        frozen = record.get("frozen_at")
-        frozen = frozen - report["started"] if frozen is not None else end - downtime
-        moves.append(
-            charts.Move(f"{record['from']} → {record['to']}", start, end, frozen, downtime, tuple(passes))
+        passes = tuple(
+            (start + one["start_s"], start + one["start_s"] + one["duration"], one["sent_bytes"])
+            for one in record["passes"]
         )
+        label = f"{record['from']} → {record['to']}"
+        downtime = (record["downtime_ms"]["host"] or 0.0) / 1000
+        frozen = start + (record["frozen_s"] or 0.0)
+        moves.append(charts.Move(label, start, start + record["total_s"], frozen, downtime, passes))
     return moves
 
 
@@ -56,6 +53,14 @@ def stays_of(report: Json, moves: Sequence[charts.Move]) -> list[charts.Stay]:
     edges = [0.0, *(m.frozen for m in moves), float(report["duration"])]
     places = ([records[0]["from"]] if records else []) + [r["to"] for r in records]
     return [charts.Stay(p, a, b) for p, a, b in zip(places, edges, edges[1:], strict=False)]
+
+
+def smoothed(samples: Sequence[tuple[float, float]], width: int = 10) -> list[tuple[float, float]]:
+    """Means over `width` ticks: a read of a block far away ends in one tick and took several."""
+    return [
+        (samples[i][0], sum(v for _, v in samples[i : i + width]) / width)
+        for i in range(0, len(samples) - width + 1, width // 2)
+    ]
 
 
 def tiles(report: Json) -> str:
@@ -163,8 +168,8 @@ def render(report: Json) -> str:
     stays = stays_of(report, moves)
     peers = [p["name"] for p in report["peers"]]
     paths = [(p["a"], p["b"], p["label"]) for p in report["paths"]]
-    stayed = {g["vm"].rpartition("/")[2]: g["peer"] for g in report["guests"] if g["vm"] != report["moved"]}
-    samples = [(t, 8 * b / report["tick"] / 1e6) for t, b in report["throughput"]]
+    stayed = {g["vm"]: g["peer"] for g in report["guests"] if f"{g['lab']}/{g['vm']}" != report["moved"]}
+    samples = smoothed([(t, 8 * b / report["tick"] / 1e6) for t, b in report["throughput"]])
     pauses = [(float(a), float(b)) for a, b in report["pauses"]]
     lines = "".join(
         f"<p>{escape(m.label)}</p>{charts.timeline(m, charts.colour_of(r['from'], peers))}"
@@ -176,7 +181,6 @@ def render(report: Json) -> str:
         tiles=tiles(report),
         topology=charts.topology(peers, paths, stays, stayed),
         throughput=charts.throughput(samples, pauses, stays, moves, peers),
-        tick=f"{report['tick']:g}",
         timelines=lines,
         migrations=migration_table(report),
         sweeps=sweeps(report),
