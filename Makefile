@@ -2,9 +2,10 @@
 # The targets are described in README.md; each works on a fresh Debian with git, make, gcc and python3 >= 3.11.
 PYTHON := .venv/bin/python
 SEEDS ?= 300
+N ?= 200
 START ?= 1
 
-.PHONY: setup demo test test-fast check bench sim format clean
+.PHONY: setup demo test test-fast check bench soak sim format clean
 
 setup:
 	@python3 -c 'import tomllib' 2>/dev/null || { echo 'setup: Python 3.11 or newer is needed (Debian 12 has it)' >&2; exit 1; }
@@ -31,6 +32,9 @@ check:
 
 bench: setup
 	@$(PYTHON) -m tests.bench $(B)
+
+soak: setup
+	@$(PYTHON) -m tests.soak --moves $(N)
 
 sim:
 	@python3 deploy/setup.py packages python

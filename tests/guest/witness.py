@@ -14,7 +14,7 @@ import shutil
 import statistics
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 import trio
 
 from mobid.config import cache_directory
+from proto.api import OperationError
 from tests.guest.peers import PeerProcess, eventually
 
 Row = dict[str, Any]
@@ -48,6 +49,24 @@ def built_helper() -> Path:
     """The helper binary of `$MOBI_HELPER` or of this tree."""
     wanted = os.environ.get("MOBI_HELPER")
     return Path(wanted) if wanted else REPOSITORY / "build/helper/kernel/helper/mobi-helper"
+
+
+def run_to_end(main: Callable[[], Awaitable[None]]) -> str:
+    """Run a program with real peers; returns what went wrong in words, or nothing."""
+    failures: list[str] = []
+    try:
+        trio.run(main)
+    except* (OperationError, OSError, RuntimeError, AssertionError) as group:
+        failures = [str(error) or repr(error) for error in _leaves(group)]
+    return "; ".join(failures)
+
+
+def _leaves(group: BaseExceptionGroup[Exception]) -> list[Exception]:
+    """The errors themselves, out of all the groups around them."""
+    found: list[Exception] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
 
 
 async def joined(peer: PeerProcess, members: int) -> bool:
@@ -125,6 +144,13 @@ class Witnesses:
         """Deploy the lab and start both witnesses; returns when they are connected."""
         file = lab(self.peers[0].name, self.peers[1].name, self._links)
         await self.peers[0].call("lab.up", {"lab": file, "source": "witness.yaml"})
+        await self.start_witnesses(load)
+
+    async def start_witnesses(self, load: Load) -> None:
+        """Start both witnesses, or start them anew with another load."""
+        self._seen = {}
+        for guest in (MOVER, FRIEND):
+            await self.where(guest).execute(guest, "killall", "-9", "mobi-witness")
         await self.witness(FRIEND, Load(memory=1, threads=1, rate=1), "--listen", str(PORT))
         await self.witness(MOVER, load, "--connect", f"friend:{PORT}")
         if self._links:

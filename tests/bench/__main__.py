@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m tests.bench [NAME…]`: run benchmarks; each prints a table and writes build/bench/NAME.json."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.bench import migration
+from tests.bench.report import Row, machine, show, write
+
+BENCHMARKS: dict[str, Callable[[], list[Row]]] = {"migration": migration.run}
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests.bench", description="Run benchmarks.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all ({', '.join(BENCHMARKS)})")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "build/bench", help="where the files go")
+    options = parser.parse_args()
+    unknown = [name for name in options.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"no benchmark is named {unknown[0]!r} (there are: {', '.join(BENCHMARKS)})")
+    for name in options.names or BENCHMARKS:
+        facts = machine()
+        try:
+            rows = BENCHMARKS[name]()
+        except (OSError, RuntimeError) as error:
+            print(f"bench {name}: {error}", file=sys.stderr)
+            return 1
+        show(name, facts, rows)
+        print(f"written: {write(options.out, name, facts, rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
