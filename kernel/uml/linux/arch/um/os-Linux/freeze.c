@@ -245,16 +245,17 @@ static void hold(void)
 
 	sigfillset(&all);
 	sigprocmask(SIG_BLOCK, &all, &old);
+	os_freeze_send(&hold_report);
 	for (;;) {
-		hold_report.t_done = os_freeze_clock();
-		os_freeze_send(&hold_report);
 		wait_request(&hold_thaw);
 		if (hold_thaw.op == FREEZE_OP_THAW)
 			break;
-		if (hold_thaw.op == FREEZE_OP_FREEZE)
+		if (hold_thaw.op == FREEZE_OP_FREEZE) {
 			hold_report.sequence = hold_thaw.sequence;
-		else
+			os_freeze_send(&hold_report);
+		} else {
 			refuse(&hold_thaw, "this guest is frozen, not waiting for GO");
+		}
 	}
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	longjmp(hold_leave, 1);
@@ -269,6 +270,7 @@ void os_freeze_hold(const struct freeze_report *report,
 		    struct freeze_request *thaw)
 {
 	hold_report = *report;
+	hold_report.t_done = os_freeze_clock();
 	if (setjmp(hold_leave) == 0) {
 		new_thread(hold_stack, &hold_enter, hold);
 		longjmp(hold_enter, 1);

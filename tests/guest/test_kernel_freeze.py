@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Freeze, thaw and resume of the guest's kernel, without devices."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import struct
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.guest.uml import (
+    BOOTED,
+    FAILED,
+    FREEZE,
+    FROZEN,
+    GO,
+    PANIC,
+    POWEROFF,
+    REBOOT,
+    RUNNING,
+    THAW,
+    WAITING,
+    Guest,
+    copy_memory,
+    data_ranges,
+    memory_file,
+)
+
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
+
+Boot = Callable[..., Guest]
+MODES = ["seccomp", "ptrace"]
+WORK = ["work=memory,registers,forks", "pages=1024"]
+
+
+@pytest.fixture
+def boot(kernel: Path, ramdisk: Path) -> object:
+    """Start a guest, or with `resume=True` a process that waits for one; all end with the test."""
+    with ExitStack() as stack:
+
+        def start(memory: int | None = None, **arguments: object) -> Guest:
+            fd = stack.enter_context(memory_file()) if memory is None else memory
+            options = [*arguments.pop("options", ()), f"initrd={ramdisk}", "root=/dev/ram0"]  # type: ignore[misc]
+            return stack.enter_context(Guest(kernel, fd, options=options, **arguments))  # type: ignore[arg-type]
+
+        yield start
+
+
+def move(guest: Guest, boot: Boot, **arguments: object) -> Guest:
+    """Freeze, copy the memory, and go on in a fresh process that was started before."""
+    fresh = boot(resume=True, **arguments)
+    fresh.report(WAITING)
+    guest.ask(FREEZE, FROZEN)
+    copy_memory(guest.memory, fresh.memory)
+    guest.leave()
+    fresh.ask(GO, RUNNING)
+    return fresh
+
+
+def digest(fd: int) -> str:
+    total = hashlib.sha256()
+    for start, end in data_ranges(fd):
+        total.update(struct.pack("=QQ", start, end))
+        total.update(os.pread(fd, end - start, start))
+    return total.hexdigest()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_guest_under_load_moves_without_a_wrong_word(boot: Boot, mode: str) -> None:
+    guest = boot(mode=mode, options=WORK)
+    guest.report(BOOTED)
+    for _ in range(12 if mode == "seccomp" else 5):
+        guest.wait_progress(tick=2, rounds=2, forks=2)
+        guest = move(guest, boot, mode=mode)
+    guest.wait_progress(tick=5, rounds=10, forks=20)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_cancelled_freeze_leaves_the_guest_running(boot: Boot, mode: str) -> None:
+    guest = boot(mode=mode, options=WORK)
+    guest.report(BOOTED)
+    for _ in range(10):
+        guest.wait_progress(rounds=1)
+        guest.ask(FREEZE, FROZEN)
+        guest.ask(THAW, RUNNING)
+    guest.wait_progress(tick=3, rounds=5, forks=5)
+    guest = move(guest, boot, mode=mode)
+    guest.ask(FREEZE, FROZEN)
+    guest.ask(THAW, RUNNING)
+    guest.wait_progress(tick=3, rounds=5, forks=5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_of_a_frozen_guest_changes(boot: Boot, mode: str) -> None:
+    guest = boot(mode=mode, options=WORK)
+    guest.report(BOOTED)
+    guest.wait_progress(rounds=2)
+    guest.ask(FREEZE, FROZEN)
+    before = digest(guest.memory)
+    for number in (signal.SIGALRM, signal.SIGIO, signal.SIGCHLD, signal.SIGWINCH):
+        guest.process.send_signal(number)
+    guest.command("typed while frozen")
+    time.sleep(0.3)
+    assert digest(guest.memory) == before
+    guest.ask(THAW, RUNNING)
+    assert guest.answer() == "ready"
+    assert guest.answer() == "echo typed while frozen"
+    guest.wait_progress(rounds=2)
+
+
+def test_console_and_agent_go_on_after_a_resume(boot: Boot) -> None:
+    guest = boot()
+    guest.report(BOOTED)
+    assert guest.answer() == "ready"
+    for number in range(3):
+        guest.command(f"before {number}")
+        assert guest.answer() == f"echo before {number}"
+        guest = move(guest, boot)
+        guest.command(f"after {number}")
+        assert guest.answer() == f"echo after {number}"
+        guest.wait_progress(tick=2)
+
+
+def test_clocks_go_on_and_follow_the_host(boot: Boot) -> None:
+    guest = boot()
+    guest.report(BOOTED)
+    assert guest.answer() == "ready"
+    guest.command("time")
+    _, real, monotonic = guest.answer().split()
+    guest = move(guest, boot)
+    guest.command("time")
+    _, later_real, later_monotonic = guest.answer().split()
+    passed = float(later_real) - float(real)
+    assert passed > 0
+    assert float(later_monotonic) - float(monotonic) == pytest.approx(passed, abs=0.05)
+    assert float(later_real) == pytest.approx(time.time(), abs=5)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["booted", "resumed"])
+@pytest.mark.parametrize(
+    ("word", "kind"), [("poweroff", POWEROFF), ("halt", POWEROFF), ("reboot", REBOOT), ("panic", PANIC)]
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_end_of_a_guest_is_reported(boot: Boot, mode: str, word: str, kind: int, moved: bool) -> None:
+    guest = boot(mode=mode, options=["work=memory,forks"])
+    guest.report(BOOTED)
+    assert guest.answer() == "ready"
+    if moved:
+        guest = move(guest, boot, mode=mode)
+    guest.command(word)
+    report = guest.report(kind)
+    if kind == PANIC:
+        assert "Attempted to kill init" in report.text
+    assert guest.process.wait(30) == (-signal.SIGABRT if kind == PANIC else 0)
+
+
+def test_requests_in_the_wrong_state(boot: Boot) -> None:
+    guest = boot()
+    guest.report(BOOTED)
+    assert guest.ask(GO, FAILED).text == "this guest is running"
+    guest.ask(THAW, RUNNING)
+    guest.control.send(b"\x01\x00\x00\x00")
+    guest.control.send(b"\x01" * 500)
+    guest.wait_progress(tick=2)
+    guest.ask(FREEZE, FROZEN)
+    guest.ask(GO, FAILED)
+    guest.ask(FREEZE, FROZEN)
+    guest.ask(THAW, RUNNING)
+    fresh = boot(resume=True)
+    fresh.report(WAITING)
+    fresh.ask(FREEZE, FAILED)
+    fresh.leave()
+
+
+def test_a_guest_ends_when_its_parent_is_gone(boot: Boot) -> None:
+    for state in ("running", "frozen", "waiting"):
+        guest = boot(resume=state == "waiting")
+        guest.report(WAITING if state == "waiting" else BOOTED)
+        if state == "frozen":
+            guest.ask(FREEZE, FROZEN)
+        guest.control.close()
+        guest.process.wait(30)
+
+
+def test_memory_that_holds_no_guest_is_refused(boot: Boot) -> None:
+    fresh = boot(resume=True)
+    fresh.report(WAITING)
+    os.ftruncate(fresh.memory, 64 << 20)
+    report = fresh.ask(GO, FAILED)
+    assert report.text == "the memory holds no frozen guest"
+    assert fresh.process.wait(30) == 1
+
+
+def test_a_running_guests_memory_is_refused(boot: Boot) -> None:
+    guest = boot()
+    guest.report(BOOTED)
+    fresh = boot(resume=True)
+    fresh.report(WAITING)
+    copy_memory(guest.memory, fresh.memory)
+    assert fresh.ask(GO, FAILED).text == "the memory holds no frozen guest"
+
+
+def test_a_guest_does_not_change_its_mode(boot: Boot) -> None:
+    guest = boot(mode="seccomp")
+    guest.report(BOOTED)
+    guest.ask(FREEZE, FROZEN)
+    fresh = boot(resume=True, mode="ptrace")
+    fresh.report(WAITING)
+    copy_memory(guest.memory, fresh.memory)
+    assert fresh.ask(GO, FAILED).text == "the guest was frozen in seccomp mode"
+    guest.ask(THAW, RUNNING)
+    guest.wait_progress(tick=2)
+
+
+def test_a_freeze_asked_for_before_the_kernel_listens(boot: Boot) -> None:
+    guest = boot()
+    guest.ask(FREEZE, FROZEN)
+    guest.ask(THAW, RUNNING)
+    guest.report(BOOTED)
+    guest.wait_progress(tick=2)
