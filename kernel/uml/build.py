@@ -35,6 +35,10 @@ SHA256 = "703e369ddd4cce971452f5a593ee55df3a5c10c83caf0fa0df039633ed181ee3"
 SUITE = "trixie-backports"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 TARBALL_VARIABLE = "MOBI_KERNEL_TARBALL"
+WAY_OUT = (
+    f"Give a kernel source with --tarball FILE ({SERIES} {VERSION} as a .deb, or a tarball of Linux 7.x), "
+    f"or with the environment variable {TARBALL_VARIABLE}."
+)
 TOOLS = {
     "bc": "bc",
     "bison": "bison",
@@ -118,20 +122,22 @@ def recipe_hash(version: str, sha256: str) -> str:
 
 def run(command: list[str], where: Path, log: Path | None = None, **variables: str) -> str:
     """Run a command to its end; its output goes to `log`, or is returned. Raises BuildError."""
-    environment = {**os.environ, **variables}
-    if log is None:
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("a")) if log else subprocess.PIPE
         done = subprocess.run(
-            command, cwd=where, env=environment, capture_output=True, text=True, check=False
+            command,
+            cwd=where,
+            env={**os.environ, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if log else subprocess.PIPE,
+            text=True,
+            errors="replace",
+            check=False,
         )
-        output = done.stdout + done.stderr
-    else:
-        with log.open("a") as file:
-            done = subprocess.run(
-                command, cwd=where, env=environment, stdout=file, stderr=file, text=True, check=False
-            )
-        output = log.read_text(errors="replace")
     if done.returncode:
-        last = "\n".join(output.splitlines()[-20:])
+        text = log.read_text(errors="replace") if log else done.stdout + done.stderr
+        last = "\n".join(text.splitlines()[-20:])
         hint = f"\nThe whole output is in {log}." if log else ""
         raise BuildError(f"`{' '.join(command)}` failed:\n{last}{hint}")
     return done.stdout or ""
@@ -154,10 +160,7 @@ def debian_mirror() -> str:
     for candidate in candidates:
         if re.search(r"debian", candidate) and "security" not in candidate:
             return candidate.rstrip("/")
-    raise BuildError(
-        "no Debian mirror found in /etc/apt. Give a kernel source with --tarball FILE "
-        f"(a {SERIES} .deb or a linux-7.x tarball) or {TARBALL_VARIABLE}."
-    )
+    raise BuildError(f"no Debian mirror found in /etc/apt. {WAY_OUT}")
 
 
 class Apt:
@@ -215,7 +218,13 @@ def fetch_source(cache: Path) -> Source:
     found = pinned(sources / deb_name(SERIES, VERSION))
     if found:
         return found
-    apt = Apt(cache / "apt")
+    try:
+        return fetch_from_mirror(Apt(cache / "apt"), sources)
+    except BuildError as error:
+        raise BuildError(f"{error}\n{WAY_OUT}") from None
+
+
+def fetch_from_mirror(apt: Apt, sources: Path) -> Source:
     with step("reading the mirror's package list"):
         apt.update()
     if VERSION in apt.versions(SERIES):
@@ -225,10 +234,7 @@ def fetch_source(cache: Path) -> Source:
             return found
     package = apt.newest_package()
     if package is None:
-        raise BuildError(
-            f"{SUITE} offers neither {SERIES} {VERSION} nor any other linux-source-7.x. Give a kernel source "
-            f"with --tarball FILE (a .deb of it or a linux-7.x tarball) or {TARBALL_VARIABLE}."
-        )
+        raise BuildError(f"{SUITE} offers neither {SERIES} {VERSION} nor any other linux-source-7.x.")
     version = apt.versions(package)[0]
     say(f"{SERIES} {VERSION} is no longer offered, trying {package} {version}")
     path = sources / deb_name(package, version)
@@ -275,17 +281,16 @@ def stage(tree: Path, pristine: Path, staging: Path, version: str) -> None:
         if not original.exists():
             original.parent.mkdir(parents=True, exist_ok=True)
             if not (tree / name).exists():
-                raise BuildError(f"this kernel source ({version}) has no {name}.")
+                raise BuildError(f"the kernel source {version} has no {name}. {WAY_OUT}")
             shutil.copy2(tree / name, original)
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(original, staging / name)
     try:
-        command = ["patch", "--strip=1", "--fuzz=0", "--batch", f"--input={HERE / 'hooks.patch'}"]
+        command = ["patch", "--strip=1", "--fuzz=0", "--forward", f"--input={HERE / 'hooks.patch'}"]
         run(command, staging)
     except BuildError as error:
         raise BuildError(
-            f"{error}\nhooks.patch does not apply to the kernel source {version}. Give one that it applies "
-            f"to ({SERIES} {VERSION}) with --tarball FILE or {TARBALL_VARIABLE}."
+            f"{error}\nhooks.patch does not apply to the kernel source {version}. {WAY_OUT}"
         ) from None
     for name, path in new_files().items():
         (staging / name).parent.mkdir(parents=True, exist_ok=True)

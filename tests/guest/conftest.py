@@ -6,9 +6,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.guest.uml import Boot, Guest, memory_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -50,3 +55,16 @@ def ramdisk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image = directory / "initrd"
     image.write_bytes(archive)
     return image
+
+
+@pytest.fixture
+def boot_kernel(kernel: Path, ramdisk: Path) -> Iterator[Boot]:
+    """Start a guest, or with `resume=True` a process that waits for one; all end with the test."""
+    with ExitStack() as stack:
+
+        def start(*, options: tuple[str, ...] | list[str] = (), **arguments: Any) -> Guest:
+            memory = stack.enter_context(memory_file())
+            command = [*options, f"initrd={ramdisk}", "root=/dev/ram0"]
+            return stack.enter_context(Guest(kernel, memory, options=command, **arguments))
+
+        yield start

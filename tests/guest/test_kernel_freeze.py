@@ -8,9 +8,6 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
@@ -26,41 +23,16 @@ from tests.guest.uml import (
     RUNNING,
     THAW,
     WAITING,
-    Guest,
+    Boot,
     copy_memory,
     data_ranges,
-    memory_file,
+    move,
 )
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
 
-Boot = Callable[..., Guest]
 MODES = ["seccomp", "ptrace"]
 WORK = ["work=memory,registers,forks", "pages=1024"]
-
-
-@pytest.fixture
-def boot(kernel: Path, ramdisk: Path) -> object:
-    """Start a guest, or with `resume=True` a process that waits for one; all end with the test."""
-    with ExitStack() as stack:
-
-        def start(memory: int | None = None, **arguments: object) -> Guest:
-            fd = stack.enter_context(memory_file()) if memory is None else memory
-            options = [*arguments.pop("options", ()), f"initrd={ramdisk}", "root=/dev/ram0"]  # type: ignore[misc]
-            return stack.enter_context(Guest(kernel, fd, options=options, **arguments))  # type: ignore[arg-type]
-
-        yield start
-
-
-def move(guest: Guest, boot: Boot, **arguments: object) -> Guest:
-    """Freeze, copy the memory, and go on in a fresh process that was started before."""
-    fresh = boot(resume=True, **arguments)
-    fresh.report(WAITING)
-    guest.ask(FREEZE, FROZEN)
-    copy_memory(guest.memory, fresh.memory)
-    guest.leave()
-    fresh.ask(GO, RUNNING)
-    return fresh
 
 
 def digest(fd: int) -> str:
@@ -72,33 +44,33 @@ def digest(fd: int) -> str:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_guest_under_load_moves_without_a_wrong_word(boot: Boot, mode: str) -> None:
-    guest = boot(mode=mode, options=WORK)
+def test_a_guest_under_load_moves_without_a_wrong_word(boot_kernel: Boot, mode: str) -> None:
+    guest = boot_kernel(mode=mode, options=WORK)
     guest.report(BOOTED)
     for _ in range(12 if mode == "seccomp" else 5):
         guest.wait_progress(tick=2, rounds=2, forks=2)
-        guest = move(guest, boot, mode=mode)
+        guest = move(guest, boot_kernel, mode=mode)
     guest.wait_progress(tick=5, rounds=10, forks=20)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_cancelled_freeze_leaves_the_guest_running(boot: Boot, mode: str) -> None:
-    guest = boot(mode=mode, options=WORK)
+def test_a_cancelled_freeze_leaves_the_guest_running(boot_kernel: Boot, mode: str) -> None:
+    guest = boot_kernel(mode=mode, options=WORK)
     guest.report(BOOTED)
     for _ in range(10):
         guest.wait_progress(rounds=1)
         guest.ask(FREEZE, FROZEN)
         guest.ask(THAW, RUNNING)
     guest.wait_progress(tick=3, rounds=5, forks=5)
-    guest = move(guest, boot, mode=mode)
+    guest = move(guest, boot_kernel, mode=mode)
     guest.ask(FREEZE, FROZEN)
     guest.ask(THAW, RUNNING)
     guest.wait_progress(tick=3, rounds=5, forks=5)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_of_a_frozen_guest_changes(boot: Boot, mode: str) -> None:
-    guest = boot(mode=mode, options=WORK)
+def test_nothing_of_a_frozen_guest_changes(boot_kernel: Boot, mode: str) -> None:
+    guest = boot_kernel(mode=mode, options=WORK)
     guest.report(BOOTED)
     guest.wait_progress(rounds=2)
     guest.ask(FREEZE, FROZEN)
@@ -114,26 +86,26 @@ def test_nothing_of_a_frozen_guest_changes(boot: Boot, mode: str) -> None:
     guest.wait_progress(rounds=2)
 
 
-def test_console_and_agent_go_on_after_a_resume(boot: Boot) -> None:
-    guest = boot()
+def test_console_and_agent_go_on_after_a_resume(boot_kernel: Boot) -> None:
+    guest = boot_kernel()
     guest.report(BOOTED)
     assert guest.answer() == "ready"
     for number in range(3):
         guest.command(f"before {number}")
         assert guest.answer() == f"echo before {number}"
-        guest = move(guest, boot)
+        guest = move(guest, boot_kernel)
         guest.command(f"after {number}")
         assert guest.answer() == f"echo after {number}"
         guest.wait_progress(tick=2)
 
 
-def test_clocks_go_on_and_follow_the_host(boot: Boot) -> None:
-    guest = boot()
+def test_clocks_go_on_and_follow_the_host(boot_kernel: Boot) -> None:
+    guest = boot_kernel()
     guest.report(BOOTED)
     assert guest.answer() == "ready"
     guest.command("time")
     _, real, monotonic = guest.answer().split()
-    guest = move(guest, boot)
+    guest = move(guest, boot_kernel)
     guest.command("time")
     _, later_real, later_monotonic = guest.answer().split()
     passed = float(later_real) - float(real)
@@ -147,12 +119,14 @@ def test_clocks_go_on_and_follow_the_host(boot: Boot) -> None:
     ("word", "kind"), [("poweroff", POWEROFF), ("halt", POWEROFF), ("reboot", REBOOT), ("panic", PANIC)]
 )
 @pytest.mark.parametrize("mode", MODES)
-def test_the_end_of_a_guest_is_reported(boot: Boot, mode: str, word: str, kind: int, moved: bool) -> None:
-    guest = boot(mode=mode, options=["work=memory,forks"])
+def test_the_end_of_a_guest_is_reported(
+    boot_kernel: Boot, mode: str, word: str, kind: int, moved: bool
+) -> None:
+    guest = boot_kernel(mode=mode, options=["work=memory,forks"])
     guest.report(BOOTED)
     assert guest.answer() == "ready"
     if moved:
-        guest = move(guest, boot, mode=mode)
+        guest = move(guest, boot_kernel, mode=mode)
     guest.command(word)
     report = guest.report(kind)
     if kind == PANIC:
@@ -160,8 +134,8 @@ def test_the_end_of_a_guest_is_reported(boot: Boot, mode: str, word: str, kind: 
     assert guest.process.wait(30) == (-signal.SIGABRT if kind == PANIC else 0)
 
 
-def test_requests_in_the_wrong_state(boot: Boot) -> None:
-    guest = boot()
+def test_requests_in_the_wrong_state(boot_kernel: Boot) -> None:
+    guest = boot_kernel()
     guest.report(BOOTED)
     assert guest.ask(GO, FAILED).text == "this guest is running"
     guest.ask(THAW, RUNNING)
@@ -172,15 +146,15 @@ def test_requests_in_the_wrong_state(boot: Boot) -> None:
     guest.ask(GO, FAILED)
     guest.ask(FREEZE, FROZEN)
     guest.ask(THAW, RUNNING)
-    fresh = boot(resume=True)
+    fresh = boot_kernel(resume=True)
     fresh.report(WAITING)
     fresh.ask(FREEZE, FAILED)
     fresh.leave()
 
 
-def test_a_guest_ends_when_its_parent_is_gone(boot: Boot) -> None:
+def test_a_guest_ends_when_its_parent_is_gone(boot_kernel: Boot) -> None:
     for state in ("running", "frozen", "waiting"):
-        guest = boot(resume=state == "waiting")
+        guest = boot_kernel(resume=state == "waiting")
         guest.report(WAITING if state == "waiting" else BOOTED)
         if state == "frozen":
             guest.ask(FREEZE, FROZEN)
@@ -188,8 +162,8 @@ def test_a_guest_ends_when_its_parent_is_gone(boot: Boot) -> None:
         guest.process.wait(30)
 
 
-def test_memory_that_holds_no_guest_is_refused(boot: Boot) -> None:
-    fresh = boot(resume=True)
+def test_memory_that_holds_no_guest_is_refused(boot_kernel: Boot) -> None:
+    fresh = boot_kernel(resume=True)
     fresh.report(WAITING)
     os.ftruncate(fresh.memory, 64 << 20)
     report = fresh.ask(GO, FAILED)
@@ -197,20 +171,20 @@ def test_memory_that_holds_no_guest_is_refused(boot: Boot) -> None:
     assert fresh.process.wait(30) == 1
 
 
-def test_a_running_guests_memory_is_refused(boot: Boot) -> None:
-    guest = boot()
+def test_a_running_guests_memory_is_refused(boot_kernel: Boot) -> None:
+    guest = boot_kernel()
     guest.report(BOOTED)
-    fresh = boot(resume=True)
+    fresh = boot_kernel(resume=True)
     fresh.report(WAITING)
     copy_memory(guest.memory, fresh.memory)
     assert fresh.ask(GO, FAILED).text == "the memory holds no frozen guest"
 
 
-def test_a_guest_does_not_change_its_mode(boot: Boot) -> None:
-    guest = boot(mode="seccomp")
+def test_a_guest_does_not_change_its_mode(boot_kernel: Boot) -> None:
+    guest = boot_kernel(mode="seccomp")
     guest.report(BOOTED)
     guest.ask(FREEZE, FROZEN)
-    fresh = boot(resume=True, mode="ptrace")
+    fresh = boot_kernel(resume=True, mode="ptrace")
     fresh.report(WAITING)
     copy_memory(guest.memory, fresh.memory)
     assert fresh.ask(GO, FAILED).text == "the guest was frozen in seccomp mode"
@@ -218,8 +192,8 @@ def test_a_guest_does_not_change_its_mode(boot: Boot) -> None:
     guest.wait_progress(tick=2)
 
 
-def test_a_freeze_asked_for_before_the_kernel_listens(boot: Boot) -> None:
-    guest = boot()
+def test_a_freeze_asked_for_before_the_kernel_listens(boot_kernel: Boot) -> None:
+    guest = boot_kernel()
     guest.ask(FREEZE, FROZEN)
     guest.ask(THAW, RUNNING)
     guest.report(BOOTED)

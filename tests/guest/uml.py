@@ -19,8 +19,8 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 FREEZE, THAW, GO, EXIT = 1, 2, 3, 4
 FROZEN, RUNNING, FAILED, BOOTED, POWEROFF, REBOOT, PANIC, WAITING = range(1, 9)
@@ -34,8 +34,7 @@ PATIENCE = 30.0
 """Seconds until something that must happen is taken to have failed; the machine may be busy."""
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """A `struct freeze_report`; times in ns of CLOCK_MONOTONIC."""
 
     kind: int
@@ -142,8 +141,8 @@ class Guest:
         data = self.control.recv(REPORT.size)
         self._read_streams(0)
         assert data, f"the kernel ended: {self.process.wait(PATIENCE)}; console:\n{self.output[-2000:]}"
-        *numbers, text = REPORT.unpack(data)
-        report = Report(*numbers, text.split(b"\0")[0].decode())
+        fields = Report._make(REPORT.unpack(data))
+        report = fields._replace(text=data[-80:].split(b"\0")[0].decode())
         assert kind in (None, report.kind), f"{report}; console:\n{self.output[-2000:]}"
         return report
 
@@ -221,3 +220,18 @@ def copy_memory(source: int, destination: int) -> None:
             data = os.pread(source, min(1 << 20, end - at), at)
             os.pwrite(destination, data, at)
             at += len(data)
+
+
+Boot = Callable[..., Guest]
+"""The fixture `boot_kernel`: starts a `Guest`, whose arguments it takes, with the tests' ramdisk."""
+
+
+def move(guest: Guest, boot_kernel: Boot, **arguments: object) -> Guest:
+    """Freeze, copy the memory, and go on in a fresh process that was started before."""
+    fresh = boot_kernel(resume=True, **arguments)
+    fresh.report(WAITING)
+    guest.ask(FREEZE, FROZEN)
+    copy_memory(guest.memory, fresh.memory)
+    guest.leave()
+    fresh.ask(GO, RUNNING)
+    return fresh

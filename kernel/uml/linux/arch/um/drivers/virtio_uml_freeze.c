@@ -40,17 +40,20 @@ static u64 vu_freeze_protocol_features(void)
 /* The inherited socket of the device, or a connection where nothing freezes. */
 static int vu_freeze_connect(struct platform_device *pdev, const char *path)
 {
-	int fd, err;
+	int fd;
 
 	if (!freeze_enabled())
 		return os_connect_socket(path);
 	fd = os_freeze_device(pdev->id);
-	if (fd < 0) {
+	if (fd < 0)
 		dev_err(&pdev->dev, "no freeze_device= for %s\n", path);
-		return fd;
-	}
-	err = os_freeze_limit_wait(fd);
-	return err ?: fd;
+	return fd;
+}
+
+/* A backend that does not answer must not stop the guest for ever. */
+static int vu_freeze_wait_readable(int fd)
+{
+	return freeze_enabled() ? os_freeze_wait_readable(fd) : 0;
 }
 
 static void vu_freeze_add(struct virtio_uml_device *vu_dev)
@@ -152,18 +155,17 @@ static int vu_stop(struct virtio_uml_device *vu_dev)
 			return 0;
 		vu_dev->lost = true;
 		os_shutdown_socket(vu_dev->sock, 1, 1);
-		return rc == -EAGAIN ? -ETIMEDOUT : rc;
+		return rc;
 	}
 	return 0;
 }
 
-static void vu_freeze_failed(struct virtio_uml_device *vu_dev, int rc,
-			     struct freeze_report *report)
+static int vu_freeze_failed(struct virtio_uml_device *vu_dev, int rc,
+			    struct freeze_report *report, const char *why)
 {
 	scnprintf(report->text, sizeof(report->text), "device %d: %s",
-		  vu_dev->pdev->id, rc == -ETIMEDOUT ?
-		  "the backend does not finish its requests" :
-		  "the backend does not stop");
+		  vu_dev->pdev->id, why);
+	return rc;
 }
 
 /* Interrupts are off: nobody submits. On failure the devices run again. */
@@ -176,18 +178,17 @@ int virtio_uml_freeze(struct freeze_report *report)
 
 	list_for_each_entry(vu_dev, &vu_freeze_list, freeze_list) {
 		rc = vu_drain(vu_dev, deadline);
-		if (rc) {
-			vu_freeze_failed(vu_dev, rc, report);
-			return rc;
-		}
+		if (rc)
+			return vu_freeze_failed(vu_dev, rc, report,
+				"the backend does not finish its requests");
 	}
 	list_for_each_entry(vu_dev, &vu_freeze_list, freeze_list) {
 		rc = vu_stop(vu_dev);
 		if (rc) {
-			vu_freeze_failed(vu_dev, rc, report);
 			virtio_uml_thaw();
 			virtio_uml_kick();
-			return rc;
+			return vu_freeze_failed(vu_dev, rc, report,
+				"the backend does not stop");
 		}
 		if (vu_dev->lost)
 			report->flags |= FREEZE_FLAG_BACKEND_LOST;
@@ -283,7 +284,7 @@ static int vu_negotiate(struct virtio_uml_device *vu_dev)
 	u64 protocol_features = vu_dev->protocol_features, offered;
 	int rc;
 
-	/* Until they are set again, no message asks for an acknowledgement. */
+	/* Until they are set again, no message asks for a reply. */
 	vu_dev->protocol_features = 0;
 	rc = vhost_user_set_owner(vu_dev);
 	if (rc)
@@ -342,14 +343,15 @@ int virtio_uml_reconnect(struct freeze_report *report)
 
 	list_for_each_entry(vu_dev, &vu_freeze_list, freeze_list) {
 		rc = vu_reconnect(vu_dev);
-		if (!rc)
-			continue;
-		scnprintf(report->text, sizeof(report->text), "device %d: %s",
-			  vu_dev->pdev->id,
-			  rc == -ENODEV ? "no freeze_device= was given" :
-			  rc == -EOPNOTSUPP ? "the backend lacks a feature the guest uses" :
-			  "the backend does not take the device over");
-		return rc;
+		if (rc == -ENODEV)
+			return vu_freeze_failed(vu_dev, rc, report,
+				"no freeze_device= was given");
+		if (rc == -EOPNOTSUPP)
+			return vu_freeze_failed(vu_dev, rc, report,
+				"the backend lacks a feature the guest uses");
+		if (rc)
+			return vu_freeze_failed(vu_dev, rc, report,
+				"the backend does not take the device over");
 	}
 	return 0;
 }

@@ -280,7 +280,8 @@ static void hold_frozen(void)
 
 	os_freeze_hold(&report, &thaw);
 	start_report(FREEZE_KIND_RUNNING, thaw.sequence);
-	report.t_request = report.t_begin = os_freeze_clock();
+	report.t_request = os_freeze_clock();
+	report.t_begin = report.t_request;
 	virtio_uml_thaw();
 	report.t_devices = os_freeze_clock();
 }
@@ -348,7 +349,11 @@ static void answer_at_once(const struct freeze_request *request)
 		.t_request = os_freeze_clock(),
 	};
 
-	if (request->op != FREEZE_OP_THAW) {
+	if (request->op == FREEZE_OP_FREEZE) {
+		answer.kind = FREEZE_KIND_FAILED;
+		answer.error = -EBUSY;
+		strscpy(answer.text, "a freeze has been asked for already");
+	} else if (request->op != FREEZE_OP_THAW) {
 		answer.kind = FREEZE_KIND_FAILED;
 		answer.error = -EINVAL;
 		strscpy(answer.text, "this guest is running");
@@ -363,7 +368,7 @@ static irqreturn_t control_interrupt(int irq, void *dev)
 	int got;
 
 	while ((got = os_freeze_receive(&request)) > 0) {
-		if (request.op != FREEZE_OP_FREEZE) {
+		if (request.op != FREEZE_OP_FREEZE || freeze_requested) {
 			answer_at_once(&request);
 			continue;
 		}
@@ -375,9 +380,6 @@ static irqreturn_t control_interrupt(int irq, void *dev)
 	/* Without its parent nobody could freeze or fence this guest. */
 	if (got < 0)
 		os_freeze_exit(1);
-	/* Fetch the CPU back from a program that computes. */
-	if (freeze_requested && current->mm)
-		os_alarm_process(current->mm->context.id.pid);
 	return IRQ_HANDLED;
 }
 

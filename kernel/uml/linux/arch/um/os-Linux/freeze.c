@@ -15,7 +15,6 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/time.h>
 #include <init.h>
 #include <kern_util.h>
 #include <os.h>
@@ -24,6 +23,7 @@
 #define DEFAULT_TIMEOUT_MS	2000
 #define MAX_TIMEOUT_MS		60000
 #define SEND_TIMEOUT_MS		1000
+#define NSEC_PER_MS		1000000LL
 /* Where a descriptor is out of the way of every number to be restored. */
 #define SPARE_FD		512
 
@@ -139,7 +139,7 @@ void __init os_freeze_check_options(void)
 {
 	struct freeze_options *o = &freeze_options;
 
-	if ((o->memory < 0) != (o->control < 0)) {
+	if (o->memory >= 0 ? o->control < 0 : o->control >= 0) {
 		os_warn("freeze_memory= and freeze_control= need one another\n");
 		exit(1);
 	}
@@ -221,7 +221,7 @@ static void refuse(const struct freeze_request *request, const char *why)
 		.error = -EINVAL,
 	};
 
-	strncpy(report.text, why, sizeof(report.text) - 1);
+	strscpy(report.text, why);
 	os_freeze_send(&report);
 }
 
@@ -374,18 +374,24 @@ int os_freeze_device(int index)
 	return freeze_options.device[index];
 }
 
-/* A backend that does not answer must not stop the guest for ever. */
-int os_freeze_limit_wait(int fd)
+/* Wait for @fd to be readable, through signals, for at most freeze_timeout=. */
+int os_freeze_wait_readable(int fd)
 {
-	struct timeval limit = {
-		.tv_sec = freeze_options.timeout_ms / 1000,
-		.tv_usec = freeze_options.timeout_ms % 1000 * 1000,
-	};
+	struct pollfd ready = { .fd = fd, .events = POLLIN };
+	long long left = freeze_options.timeout_ms;
+	unsigned long long deadline;
+	int n;
 
-	if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit)) < 0 ||
-	    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit)) < 0)
-		return -errno;
-	return 0;
+	deadline = os_freeze_clock() + left * NSEC_PER_MS;
+	while (left > 0) {
+		n = poll(&ready, 1, left);
+		if (n > 0)
+			return 0;
+		if (n < 0 && errno != EINTR)
+			return -errno;
+		left = (long long)(deadline - os_freeze_clock()) / NSEC_PER_MS;
+	}
+	return -ETIMEDOUT;
 }
 
 int os_freeze_peer_gone(int fd)

@@ -79,7 +79,7 @@ int os_freeze_receive(struct freeze_request *request);
 void os_freeze_send(const struct freeze_report *report);
 void os_freeze_exit(int code) __attribute__((noreturn));
 int os_freeze_device(int index);
-int os_freeze_limit_wait(int fd);
+int os_freeze_wait_readable(int fd);
 int os_freeze_peer_gone(int fd);
 int os_freeze_move_fd(int fd, int wanted);
 int os_freeze_pipe_at(int wanted, int *write_end);
@@ -87,6 +87,7 @@ int os_freeze_pipe_at(int wanted, int *write_end);
 /* os-Linux/time.c, os-Linux/skas/process.c, kernel/mem.c */
 extern long long os_clock_offset;
 int init_stub_exe_fd(void);
+void interrupt_stub(void);
 unsigned long linear_map_start(void);
 
 /* kernel/freeze.c */
