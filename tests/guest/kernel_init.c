@@ -91,8 +91,8 @@ static void *check_forks(void *unused)
 			memset(memory, 255, BYTES);
 			_exit(right ? value : 255);
 		}
-		if (child < 0 || waitpid(child, &status, 0) != child || !WIFEXITED(status) || WEXITSTATUS(status) != value ||
-			memory[BYTES - 1] != value)
+		if (child < 0 || waitpid(child, &status, 0) != child || !WIFEXITED(status) ||
+			WEXITSTATUS(status) != value || memory[BYTES - 1] != value)
 			atomic_fetch_add(&bad, 1);
 		atomic_fetch_add(&forks, 1);
 	}
