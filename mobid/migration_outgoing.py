@@ -214,12 +214,11 @@ class Outgoing(Shell):
             await self._match_clocks()
             for disk in self._present().disks:
                 await disk.track(True)
-            if not self.wishes.cold:
-                reason = await self._passes()
-                if reason is not None:
-                    self.feed(ev.Abort(reason))
-                    return
-            await self._reset_probe()
+            if self.wishes.cold:
+                await self._reset_probe()
+            elif reason := await self._passes():
+                self.feed(ev.Abort(reason))
+                return
         except (OperationError, HelperError) as error:
             self.feed(ev.StreamBroken(error.message))
             return
@@ -240,6 +239,9 @@ class Outgoing(Shell):
             )
         )
         while True:
+            if precopy.passes:
+                # Before the pass that may be the last: nothing may stand between that and the freeze.
+                await self._reset_probe()
             done = await self._stream.run_pass()
             made = Pass(changed_bytes(done), int(done["sent_bytes"]), float(done["duration"]))
             decision = precopy.decide(made, time.monotonic())
@@ -427,7 +429,7 @@ class Outgoing(Shell):
             "passes": measured.passes,
             "started": measured.started,
             "total_s": measured.total or time.monotonic() - measured.began,
-            "frozen_s": None if measured.begun_ns is None else measured.begun_ns / 1e9 - measured.began,
+            "frozen_s": measured.times["begun"] / 1e9 - measured.began if "begun" in measured.times else None,
             "downtime_ms": self._downtime() if done else dict.fromkeys(DOWNTIMES),
             "parts_ms": parts(measured.times) if done else dict.fromkeys(PARTS),
             "sent_bytes": sent + int(final.get("sent_bytes", 0)),
