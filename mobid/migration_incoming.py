@@ -42,6 +42,7 @@ class Plan:
 class Incoming(Shell):
     """One guest on its way here. `local` is None until it was prepared, or if its processes were lost."""
 
+    side = "destination"
     machine: Destination
 
     def __init__(

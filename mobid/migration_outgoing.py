@@ -82,6 +82,7 @@ class Measured:
 class Outgoing(Shell):
     """One guest on its way from here. `local` is None if its processes were lost."""
 
+    side = "source"
     machine: Source
 
     def __init__(

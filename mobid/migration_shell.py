@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import structlog
 import trio
 
+from mobid.breakpoints import Breakpoints
 from mobid.catalog import Catalog
 from mobid.events import Events
 from mobid.guests import Guests
@@ -94,10 +95,16 @@ class Surroundings:
     notes: Notes
     sockets: Path
     logs: Path
+    breakpoints: Breakpoints = field(default_factory=Breakpoints)
 
 
 class Shell(ABC):
-    """Carries out one machine. `run` lasts until the machine is over."""
+    """Carries out one machine. `run` lasts until the machine is over.
+
+    Before every effect there is a breakpoint, `SIDE.EFFECT`.
+    """
+
+    side: Literal["source", "destination"]
 
     def __init__(
         self, around: Surroundings, migration: entries.Migration, machine: Source | Destination
@@ -160,6 +167,7 @@ class Shell(ABC):
         now = self.machine.state
         self.changed.set()
         for effect in effects:
+            await self.around.breakpoints.reached(f"{self.side}.{type(effect).__name__}")
             await self._perform_common(effect)
         if before != now:  # told afterwards: a guest may be standing still
             log.info("migration.step", id=self.migration.id, was=str(before), now=str(now))

@@ -25,6 +25,7 @@ import structlog
 import trio
 
 from mobid import host, joining
+from mobid.breakpoints import Breakpoints
 from mobid.catalog import Catalog
 from mobid.config import Config
 from mobid.events import Events, EventService
@@ -229,6 +230,7 @@ class Peer:
                 notes=Notes(self.config.path("migrations")),
                 sockets=self.config.runtime,
                 logs=self.config.path("pages.log"),
+                breakpoints=Breakpoints.of_environment(),
             )
         )
         self._shutdown.append(self.migrations.end_all)
