@@ -260,8 +260,10 @@ static bool begin_source(struct page_sender *sender, struct page_source *source,
 		return true;
 	}
 	batch->set = calloc((region->pages + 63) / 64, sizeof(*batch->set));
-	if (!batch->set)
-		return page_fail(failure_of(sender), "limit", "no memory for a set of pages");
+	if (!batch->set) {
+		page_fail(failure_of(sender), "limit", "no memory for a set of pages");
+		return false;
+	}
 	page_scan(sender->regions, region, batch->set);
 	batch->compared_ns = loop_now();
 	page_source_begin_set(source, region, batch->set);
