@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from mobictl.helpers import alive
 from mobid.config import cache_directory
 from tests.cli import ROOT, TIMEOUT, Cli, clean, home
 
@@ -185,3 +187,37 @@ def test_a_lab_from_its_file_to_its_end(cli: Cli, tmp_path: Path) -> None:
     cli("lab", "down", "two-guests")
     assert cli.json("net", "ls") == []
     assert cli.error("lab", "down", "two-guests")["code"] == "not-found"
+
+
+def descendants(pid: int) -> set[int]:
+    """All processes below one, by the parents that /proc tells."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found: set[int] = set()
+    pending = [pid]
+    while pending:
+        children = parents.get(pending.pop(), [])
+        found.update(children)
+        pending += children
+    return found
+
+
+def test_down_after_kill_9_of_every_peer_ends_their_guests(cli: Cli) -> None:
+    other = Cli(home(), cli.extra)
+    try:
+        made = other.json("up", "--peers", "2")["peers"]
+        for peer in made:
+            other("vm", "run", "mini", "--place", peer["name"])
+        below = set().union(*(descendants(peer["pid"]) for peer in made))
+        assert len(below) >= 8, "shim, kernel, disk and switch of each"
+        for peer in made:
+            os.kill(peer["pid"], signal.SIGKILL)
+        assert "without a peer ended" in other("down").stderr
+        assert not [pid for pid in below if alive(pid)]
+    finally:
+        clean(other)
