@@ -5,7 +5,7 @@ SEEDS ?= 300
 N ?= 200
 START ?= 1
 
-.PHONY: setup demo test test-fast check bench soak sim format clean
+.PHONY: setup demo test test-fast check bench soak faults sim format clean
 
 setup:
 	@python3 -c 'import tomllib' 2>/dev/null || { echo 'setup: Python 3.11 or newer is needed (Debian 12 has it)' >&2; exit 1; }
@@ -35,6 +35,9 @@ bench: setup
 
 soak: setup
 	@$(PYTHON) -m tests.soak --moves $(N)
+
+faults: setup
+	@$(PYTHON) -m tests.faults $(or $(B),migration)
 
 sim:
 	@python3 deploy/setup.py packages python

@@ -99,6 +99,8 @@ class Outgoing(Shell):
         self._stream: PageStream | None = None
         self._key = secrets.token_bytes(32)
         self._verified = trio.Event()
+        self._redirecting = trio.Lock()
+        self._redirected = False
 
     async def perform(self, effect: ev.Effect) -> None:
         """Carry out an effect of the source's machine."""
@@ -306,16 +308,22 @@ class Outgoing(Shell):
         self.measured.times |= times
         self.feed(ev.Sent(reply["released"]))
         if reply["released"] == "yes" and reply["match"]:
-            self.soon(self._redirect)
             self.soon(self._verify)
 
     async def _redirect(self) -> None:
+        """Send the frames after the guest, once it runs there. Not before: the destination may still refuse
+        it, and what was redirected cannot be had back.
+        """
         m = self.migration
-        try:
-            await self.around.moves.redirect(m.guest, m.destination, m.epoch + 1)
-            self.measured.frames = await self.around.moves.frames(m.guest)
-        except (OperationError, HelperError) as error:
-            log.warning("migration.frames.stay", id=m.id, reason=error.message)
+        async with self._redirecting:
+            if self._redirected:
+                return
+            try:
+                await self.around.moves.redirect(m.guest, m.destination, m.epoch + 1)
+                self.measured.frames = await self.around.moves.frames(m.guest)
+                self._redirected = True
+            except (OperationError, HelperError) as error:
+                log.warning("migration.frames.stay", id=m.id, reason=error.message)
 
     async def _verify(self) -> None:
         """Hash the frozen copy in full; it must be what was sent. Not while the other side starts."""
@@ -354,6 +362,7 @@ class Outgoing(Shell):
         """The destination tells when the guest ran, by its own clock."""
         self.measured.total = time.monotonic() - self.measured.began
         self.changed.set()
+        self.soon(self._redirect)
         clock = self.measured.clock
         for moment in ("released", "requested", "running"):
             if clock is not None and started.get(f"{moment}_ns") is not None:
@@ -364,6 +373,7 @@ class Outgoing(Shell):
         args = {"migration": self.migration.id}
         try:
             if isinstance(message, ev.AskDurable):
+                await self._redirect()  # unless that was heard from the destination before
                 await self.around.links.call(peer, "migration.durable", args, timeout=DURABLE_TIMEOUT)
                 self.feed(ev.Durable(self.migration.id))
             elif isinstance(message, ev.Settle):

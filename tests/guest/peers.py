@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ class PeerProcess:
         self.name = name
         self.process: subprocess.Popen[bytes] | None = None
         self.environment = {**os.environ, **(environment or {})}
+        self._listen = "127.0.0.1:0"
 
     @property
     def socket(self) -> Path:
@@ -58,13 +60,15 @@ class PeerProcess:
         return path.read_text(errors="replace") if path.exists() else ""
 
     async def start(self, join: str = "") -> None:
-        """Start the process and wait until it answers; `join` is a token of another peer's mesh."""
+        """Start the process and wait until it answers; `join` is a token of another peer's mesh. One that
+        ran before gets the same port.
+        """
         command = [sys.executable, "-m", "mobid", "run", "--dir", str(self.directory), "--name", self.name]
         command += ["--join", join] if join else []
         log = self.directory.with_name(self.directory.name + ".log")
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*self.prefix, *command, "--listen", "127.0.0.1:0"],
+                [*self.prefix, *command, "--listen", self._listen],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -75,6 +79,7 @@ class PeerProcess:
                 assert self.process.poll() is None, self.log
                 with suppress(OSError, OperationError):
                     await self.call("status")
+                    self._listen = re.findall(r" is ready: (\S+)", self.log)[-1]
                     return
                 await trio.sleep(0.05)
 

@@ -81,9 +81,22 @@ async def joined(peer: PeerProcess, members: int) -> bool:
 async def two_peers(
     base: Path, environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[tuple[PeerProcess, PeerProcess]]:
-    """Two peers of one mesh with directories in `base`; tokyo coordinates. They end with the block."""
-    more = {"MOBI_HELPER": str(built_helper()), **(environment or {})}
-    tokyo, virginia = (PeerProcess(base / name, name, more) for name in ("tokyo", "virginia"))
+    """Two peers of one mesh with directories in `base`; tokyo coordinates. They end with the block.
+
+    Each has its breakpoints in a directory of its own, which its environment names.
+    """
+    tokyo, virginia = (
+        PeerProcess(
+            base / name,
+            name,
+            {
+                "MOBI_HELPER": str(built_helper()),
+                "MOBI_BREAKPOINTS": str(base / f"{name}.breakpoints"),
+                **(environment or {}),
+            },
+        )
+        for name in ("tokyo", "virginia")
+    )
     async with AsyncExitStack() as stack:
         for peer in (tokyo, virginia):
             stack.push_async_callback(ended, peer)
@@ -95,8 +108,12 @@ async def two_peers(
 
 
 async def ended(peer: PeerProcess) -> None:
-    """Stop a peer, also after a failure or an interrupt."""
+    """Stop a peer, also after a failure or an interrupt; one that was killed is started first, to take its
+    guests with it.
+    """
     with trio.CancelScope(shield=True):
+        if peer.process is not None and peer.process.poll() is not None:
+            await peer.start()
         await peer.stop()
 
 
