@@ -218,7 +218,7 @@ class GuestOperations:
             self._agent(args.vm) as agent,
             agent.exec(args.argv, args.env, args.cwd, args.tty) as session,
         ):
-            result = await _with_input(request, session, _pass_output)
+            result, _ = await _with_input(request, session, _pass_output)
         return {"code": result.get("code"), "signal": result.get("signal") or None}
 
     @operation("vm.get", role="operator", args=api.VmGet, route="guest", timeout=None)
@@ -228,19 +228,23 @@ class GuestOperations:
             self._agent(args.vm) as agent,
             agent.session(FrameType.GET, {"path": args.path}) as session,
         ):
+            size = 0
             while (piece := await session.read()) is not None:
+                size += len(piece[1])
                 if piece[1]:
                     await request.item({"data": piece[1]})
             result = session.result or {}
-        return {"size": result.get("size"), "mode": result.get("mode")}
+            _check_size(args, size, result)
+        return {"size": size, "mode": result.get("mode")}
 
     @operation("vm.put", role="operator", args=api.VmPut, route="guest", timeout=None)
     async def put(self, request: Request, args: api.VmPut) -> dict[str, Any]:
         """Write a file of a guest; it has its name only once all of it has arrived."""
         arguments = {"path": args.path, "mode": args.mode, "size": args.size}
         async with self._agent(args.vm) as agent, agent.session(FrameType.PUT, arguments) as session:
-            result = await _with_input(request, session, _drop_output)
-        return {"size": result.get("size"), "mode": args.mode}
+            result, size = await _with_input(request, session, _drop_output)
+            _check_size(args, size, result)
+        return {"size": size, "mode": args.mode}
 
     @asynccontextmanager
     async def _agent(self, key: str) -> AsyncIterator[Agent]:
@@ -334,13 +338,16 @@ def _free_name(state: State, image: str) -> str:
 
 async def _with_input(
     request: Request, session: Session, take_output: Callable[[Request, Session], Awaitable[None]]
-) -> Mapping[str, object]:
-    """Pass the caller's input on while the output is taken; the session's result."""
+) -> tuple[Mapping[str, object], int]:
+    """Pass the caller's input on while the output is taken; the session's result, and the input's bytes."""
     wrong: list[OperationError] = []
+    size = 0
 
     async def pass_input() -> None:
+        nonlocal size
         try:
             while data := _data_of(await request.input()):
+                size += len(data)
                 await session.write(data)
             await session.close_input()
         except OperationError as error:
@@ -354,7 +361,14 @@ async def _with_input(
         if wrong:
             raise wrong[0] from None
         raise
-    return session.result or {}
+    return session.result or {}, size
+
+
+def _check_size(args: api.VmGet, size: int, result: Mapping[str, object]) -> None:
+    if result.get("size") != size:
+        raise OperationError(
+            "failed", f"{args.path} of {args.vm} was not copied whole: {size} of {result.get('size')} bytes"
+        )
 
 
 async def _pass_output(request: Request, session: Session) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -314,11 +314,28 @@ class AgentMachine:
 
     def receive(self, data: bytes) -> tuple[list[Fact], bytes]:
         """Take bytes from the guest: (what they mean, bytes to send back)."""
-        return self._handle(self.reader.feed(data))
+        return self._taken(lambda: self.reader.feed(data))
 
     def skip(self) -> tuple[list[Fact], bytes]:
         """The rest of a begun frame does not come: see whether there are frames behind its beginning."""
-        return self._handle(self.reader.skip())
+        return self._taken(self.reader.skip)
+
+    def _taken(self, read: Callable[[], list[Frame]]) -> tuple[list[Fact], bytes]:
+        """Garbage after the hello means that a frame was lost, and nobody knows whose: a session that ends
+        with an error is better than one with a hole.
+        """
+        garbage, was_ready = self.reader.garbage, self.ready
+        frames = read()
+        if not was_ready or self.reader.garbage == garbage:
+            return self._handle(frames)
+        lost: list[Fact] = []
+        reply = b""
+        for number in sorted(self.sessions):
+            fact, end = self._violated(number, "bytes were lost on the line from the guest")
+            lost.append(fact)
+            reply += end
+        facts, back = self._handle(frames)
+        return lost + facts, reply + back
 
     def _handle(self, frames: list[Frame]) -> tuple[list[Fact], bytes]:
         facts: list[Fact] = []

@@ -138,8 +138,11 @@ static bool turn(int signals, int timeout)
 		return false;
 	if (!channel_read())
 		return false;
-	while (channel_next(&frame))
+	while (channel_next(&frame)) {
+		if (channel_garbled())
+			sessions_garbled();
 		take_frame(&frame);
+	}
 	reap(signals);
 	return true;
 }

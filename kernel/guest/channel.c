@@ -17,6 +17,7 @@ static uint8_t in[2 * FRAME_MAX];
 static size_t in_start, in_end;
 static uint8_t out[4 * FRAME_MAX];
 static size_t out_start, out_end;
+static bool garbled;
 
 static void put32(uint8_t *at, uint32_t value)
 {
@@ -75,12 +76,14 @@ bool channel_next(struct frame *frame)
 
 		if (at[0] != MAGIC_0 || at[1] != MAGIC_1 || at[3] != 0 || length > FRAME_PAYLOAD_MAX) {
 			in_start++;
+			garbled = true;
 			continue;
 		}
 		if (in_end - in_start < whole)
 			return false;
 		if (get32(at + whole - FRAME_TRAILER) != crc32(0, at, (uInt)(whole - FRAME_TRAILER))) {
 			in_start++;
+			garbled = true;
 			continue;
 		}
 		*frame = (struct frame){
@@ -136,6 +139,14 @@ bool channel_flush(void)
 	}
 	out_start = out_end = 0;
 	return true;
+}
+
+bool channel_garbled(void)
+{
+	const bool was = garbled;
+
+	garbled = false;
+	return was;
 }
 
 bool channel_pending(void)

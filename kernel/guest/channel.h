@@ -45,6 +45,8 @@ int channel_fd(void);
 bool channel_read(void);
 /* The next whole frame, or false when more bytes are needed. */
 bool channel_next(struct frame *frame);
+/* Whether bytes that belong to no frame were skipped since the last call: a frame may have been lost. */
+bool channel_garbled(void);
 
 /* Queues one frame; false when the queue is full (the caller keeps its data and tries again later). */
 bool channel_send(uint8_t type, uint32_t session, const void *payload, size_t length);

@@ -560,3 +560,22 @@ void sessions_forget(void)
 		}
 	}
 }
+
+void sessions_garbled(void)
+{
+	for (size_t i = 0; i < SESSIONS_MAX; i++) {
+		struct session *s = &sessions[i];
+
+		if (s->kind == FREE || s->silent)
+			continue;
+		result_error(s->id, "garbled", "bytes were lost on the line to the guest");
+		if (s->kind == EXEC) {
+			if (!s->exited)
+				kill(-s->pid, SIGKILL);
+			s->silent = true;
+			s->pending_eof = true;
+		} else {
+			release(s);
+		}
+	}
+}

@@ -33,5 +33,7 @@ size_t sessions_watch(struct pollfd *watch);
 int sessions_turn(void);
 /* The host attached anew: programs go on, their output is thrown away. */
 void sessions_forget(void);
+/* A frame may have been lost, and nobody knows whose: all sessions end with an error rather than with a hole. */
+void sessions_garbled(void);
 
 #endif

@@ -228,6 +228,19 @@ def test_an_abandoned_session_is_killed_and_drained() -> None:
     assert machine.abandon(session) == b""
 
 
+def test_lost_bytes_end_sessions_rather_than_leave_a_hole() -> None:
+    machine = AgentMachine()
+    machine.receive(b"boot messages")
+    hello(machine)
+    session, _ = machine.open(FrameType.GET, {"path": "/x"})
+    whole = stream(session, 1, b"first") + stream(session, 1, b"second") + stream(session, 1, b"third")
+    facts, back = machine.receive(whole[:30] + whole[31:])
+    assert isinstance(facts[0], Violation)
+    assert "lost" in facts[0].message
+    assert [frame.type for frame in sent(back)] == [FrameType.SIGNAL, FrameType.CREDIT, FrameType.CREDIT]
+    assert machine.sessions == frozenset()
+
+
 def test_the_number_of_sessions_is_bounded() -> None:
     machine = AgentMachine()
     for _ in range(MAX_SESSIONS):
