@@ -50,6 +50,8 @@ PROGRAMS = {
 }
 PLACES = {"mobi-init": "sbin", "mobi-agent": "sbin", "mobi-witness": "usr/bin"}
 STEP_TIMEOUT = 1200
+# mke2fs and others are in the folders that Debian leaves out of an ordinary user's path.
+SEARCH_PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 
 
 class BuildError(Exception):
@@ -111,7 +113,7 @@ def run(command: list[str], why: str, **extra: str) -> str:
         text=True,
         errors="replace",
         timeout=STEP_TIMEOUT,
-        env={**os.environ, "SOURCE_DATE_EPOCH": EPOCH, "LC_ALL": "C.UTF-8", **extra},
+        env={**os.environ, "PATH": SEARCH_PATH, "SOURCE_DATE_EPOCH": EPOCH, "LC_ALL": "C.UTF-8", **extra},
         check=False,
     )
     if done.returncode:
