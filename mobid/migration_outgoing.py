@@ -307,7 +307,7 @@ class Outgoing(Shell):
         times = {"comparing": int(reply["began_ns"]), "compared": int(reply["compared_ns"])}
         self.measured.times |= times
         self.feed(ev.Sent(reply["released"]))
-        if reply["released"] == "yes" and reply["match"]:
+        if reply["released"] != "no" and reply["match"] is not False:
             self.soon(self._verify)
 
     async def _redirect(self) -> None:

@@ -13,10 +13,13 @@ other copy and of the migration is left.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import socket
+import sys
 import tempfile
+import termios
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -49,12 +52,15 @@ STEPS: dict[str, tuple[Side, str] | int] = {
     "later pass": 2,
     "before the freeze": ("source", "Freeze"),
     "frozen": ("source", "SendFinal"),
+    "releasing": ("source", "SendFinal"),
     "released": ("destination", "Start"),
     "running": ("destination", "Propose"),
     "done": ("destination", "Sync"),
     "durable": ("source", "Discard"),
 }
-"""Where a case happens: before which effect of which side, or in which pass."""
+"""Where a case happens: before which effect of which side, or in which pass. In `releasing` the release has
+left, and waits at the destination's host for a receiver that is stopped: nobody can say whether it arrives.
+"""
 
 AFTER_RELEASE = ("released", "running", "done", "durable")
 
@@ -71,10 +77,13 @@ class Case:
         return f"{self.step}: {killed.get(self.fault, self.fault)}"
 
     @property
-    def ends_at(self) -> Side:
+    def ends_at(self) -> Side | None:
         """Where the guest must run in the end: at the source until the release has arrived. A destination
-        that dies between the release and the start never ran the guest, and refuses it.
+        that dies between the release and the start never ran the guest, and refuses it. None: where it
+        depends, and either is right as long as both peers agree.
         """
+        if self.step == "releasing":
+            return None
         if self.step == "released" and self.fault == "destination":
             return "source"
         return "destination" if self.step in AFTER_RELEASE else "source"
@@ -110,8 +119,16 @@ class Laboratory:
                     await passing.wait()
                     await self._fail(case.fault, sides)
                 else:
+                    receiver = 0
                     async with held(sides[step[0]], f"{step[0]}.{step[1]}"):
+                        if case.step == "releasing":
+                            receiver = stopped(await pages_of(sides["destination"], "in"))
+                        else:
+                            await self._fail(case.fault, sides)
+                    if receiver:
+                        await under_way(receiver)
                         await self._fail(case.fault, sides)
+                        go_on(receiver)
         for peer in sides.values():
             if peer.process is not None and peer.process.poll() is not None:
                 await peer.start()
@@ -144,10 +161,10 @@ class Laboratory:
     # Checking.
 
     async def _check(self, case: Case, sides: dict[Side, PeerProcess]) -> None:
-        right = sides[case.ends_at]
-        other = sides["source" if case.ends_at == "destination" else "destination"]
         try:
             with trio.fail_after(SETTLE_TIMEOUT):
+                end = case.ends_at or await eventually(lambda: agreed(sides))
+                right, other = sides[end], sides["source" if end == "destination" else "destination"]
                 await eventually(lambda: runs_at(right, right.name))
                 await eventually(lambda: nothing_left(right, other))
                 self._witnesses.at = right
@@ -180,6 +197,14 @@ async def laboratory() -> AsyncIterator[Laboratory]:
 async def runs_at(peer: PeerProcess, wanted: str) -> bool:
     row = await peer.call("vm.show", {"vm": MOVER})
     return bool(row["state"] == "running" and row["peer"] == wanted)
+
+
+async def agreed(sides: dict[Side, PeerProcess]) -> Side | None:
+    """The side of which both peers say that the guest runs there."""
+    for side, peer in sides.items():
+        if all([await runs_at(one, peer.name) for one in sides.values()]):
+            return side
+    return None
 
 
 def remains(peer: PeerProcess) -> list[Path]:
@@ -244,19 +269,58 @@ async def end_process(pid: int) -> None:
         os.close(pidfd)
 
 
-def cut(pid: int) -> None:
-    """Shut down every TCP connection of a process, as a firewall in between would."""
-    if not pid:
-        return
+def connection_of(pid: int) -> socket.socket | None:
+    """The TCP connection of a process, shared with it."""
     pidfd = os.pidfd_open(pid)
     libc = ctypes.CDLL(None, use_errno=True)
-    for path in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):
+    try:
+        for path in Path(f"/proc/{pid}/fd").iterdir():
             if not os.readlink(path).startswith("socket:"):
                 continue
             fd = libc.syscall(PIDFD_GETFD, pidfd, int(path.name), 0)
             assert fd >= 0, f"no descriptor of process {pid} can be had: {os.strerror(ctypes.get_errno())}"
-            with socket.socket(fileno=fd) as connection:
-                if connection.family in (socket.AF_INET, socket.AF_INET6):
-                    connection.shutdown(socket.SHUT_RDWR)
-    os.close(pidfd)
+            found = socket.socket(fileno=fd)
+            if found.family in (socket.AF_INET, socket.AF_INET6):
+                return found
+            found.close()
+    finally:
+        os.close(pidfd)
+    return None
+
+
+def cut(pid: int) -> None:
+    """Shut down the TCP connection of a process, as a firewall in between would."""
+    connection = connection_of(pid) if pid else None
+    if connection is not None:
+        with connection:
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+def stopped(pid: int) -> int:
+    """Stop a process; returns it."""
+    assert pid, "there is no process that receives"
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def go_on(pid: int) -> None:
+    """Let a process that was stopped go on, if it still exists."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
+async def under_way(receiver: int) -> None:
+    """Until all that is sent to a stopped process has arrived at its host."""
+    connection = connection_of(receiver)
+    assert connection is not None, "the receiver has no connection"
+    before = -1
+    with connection:
+        while (waiting := waiting_bytes(connection)) == 0 or waiting != before:
+            before = waiting
+            await trio.sleep(0.1)
+
+
+def waiting_bytes(connection: socket.socket) -> int:
+    """How many bytes nobody has read yet."""
+    answer = fcntl.ioctl(connection, termios.FIONREAD, b"\0" * 4)
+    return int.from_bytes(answer, sys.byteorder)

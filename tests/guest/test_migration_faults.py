@@ -28,6 +28,8 @@ BEFORE_THE_RELEASE = (
     Case("frozen", "connection"),
 )
 AFTER_THE_RELEASE = (
+    Case("releasing", "connection"),
+    Case("releasing", "destination pages"),
     Case("released", "destination"),
     Case("released", "source"),
     Case("running", "destination"),
