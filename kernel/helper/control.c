@@ -6,6 +6,7 @@
 #include "control_internal.h"
 
 #include "log.h"
+#include "unix_socket.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -14,8 +15,6 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #define PROTOCOL_VERSION 1
@@ -314,54 +313,6 @@ static void listener_ready(void *context, int fd, uint32_t events)
 		control->config.connection(control->config.context, true);
 }
 
-/*
- * A socket file nobody listens on is left over from a killed helper. Asked with the wrong type of socket, since a real
- * connection would replace the controller of one that lives.
- */
-static bool remove_stale(const struct sockaddr_un *address)
-{
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	bool stale;
-
-	if (fd < 0)
-		return false;
-	stale = connect(fd, (const struct sockaddr *)address, sizeof(*address)) < 0 && errno == ECONNREFUSED;
-	close(fd);
-	return stale && unlink(address->sun_path) == 0;
-}
-
-static int listen_at(const char *path)
-{
-	struct sockaddr_un address = {.sun_family = AF_UNIX};
-	mode_t mask;
-	int fd, bound;
-
-	if (strlen(path) >= sizeof(address.sun_path)) {
-		errno = ENAMETOOLONG;
-		return -1;
-	}
-	strcpy(address.sun_path, path);
-	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (fd < 0)
-		return -1;
-	mask = umask(0177);
-	bound = bind(fd, (struct sockaddr *)&address, sizeof(address));
-	if (bound < 0 && errno == EADDRINUSE) {
-		bound = remove_stale(&address) ? bind(fd, (struct sockaddr *)&address, sizeof(address)) : -1;
-		if (bound < 0)
-			errno = EADDRINUSE;
-	}
-	umask(mask);
-	if (bound < 0 || listen(fd, 4) < 0) {
-		int error = errno;
-
-		close(fd);
-		errno = error;
-		return -1;
-	}
-	return fd;
-}
-
 struct control *control_new(const struct control_config *config)
 {
 	struct control *control = calloc(1, sizeof(*control));
@@ -372,7 +323,7 @@ struct control *control_new(const struct control_config *config)
 	}
 	control->config = *config;
 	control->connection_fd = -1;
-	control->listener_fd = listen_at(config->path);
+	control->listener_fd = unix_listen(config->path, SOCK_SEQPACKET);
 	if (control->listener_fd < 0 ||
 		loop_add(config->loop, control->listener_fd, EPOLLIN, listener_ready, control) < 0) {
 		log_error("control socket %s: %s", config->path, strerror(errno));

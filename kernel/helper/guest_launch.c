@@ -2,8 +2,9 @@
 /* One run of the guest's kernel: connects its devices, composes its command line, hands over its descriptors. */
 #include "guest.h"
 
+#include "unix_socket.h"
+
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -11,8 +12,6 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #define MEMORY_FD 100
@@ -103,27 +102,6 @@ static bool compose(struct guest *guest, bool resume, struct command_line *line)
 	return !line->overflow;
 }
 
-static int connect_to(const char *path)
-{
-	struct sockaddr_un address = {.sun_family = AF_UNIX};
-	int fd, error;
-
-	if (strlen(path) >= sizeof(address.sun_path)) {
-		errno = ENAMETOOLONG;
-		return -1;
-	}
-	strcpy(address.sun_path, path);
-	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (fd < 0)
-		return -1;
-	if (connect(fd, (struct sockaddr *)&address, sizeof(address)) == 0 && fcntl(fd, F_SETFL, 0) == 0)
-		return fd;
-	error = errno;
-	close(fd);
-	errno = error;
-	return -1;
-}
-
 bool guest_connect_devices(struct guest *guest, const char *const *sockets, size_t count, int *fds, char *message)
 {
 	const struct option_list *devices = &guest->options.devices;
@@ -133,7 +111,7 @@ bool guest_connect_devices(struct guest *guest, const char *const *sockets, size
 		return false;
 	}
 	for (size_t i = 0; i < count; i++) {
-		fds[i] = connect_to(sockets[i]);
+		fds[i] = unix_connect(sockets[i], SOCK_STREAM);
 		if (fds[i] >= 0)
 			continue;
 		snprintf(message, GUEST_MESSAGE_MAX, "device %zu at %.100s: %s", i, sockets[i], strerror(errno));

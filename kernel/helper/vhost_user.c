@@ -6,18 +6,16 @@
 #include "vhost_user.h"
 
 #include "log.h"
+#include "unix_socket.h"
 
 #include <assert.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/virtio_config.h>
 #include <linux/virtio_ring.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 enum request {
@@ -597,45 +595,6 @@ static void listener_ready(void *context, int fd, uint32_t events)
 		server->device->connection(server->context, true);
 }
 
-/* A socket file that nobody listens to is left over from a process that was killed. */
-static bool is_stale(const struct sockaddr_un *address)
-{
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	bool stale =
-		fd >= 0 && connect(fd, (const struct sockaddr *)address, sizeof(*address)) < 0 && errno == ECONNREFUSED;
-
-	if (fd >= 0)
-		close(fd);
-	return stale;
-}
-
-static int listen_at(const char *path)
-{
-	struct sockaddr_un address = {.sun_family = AF_UNIX};
-	int fd, failure;
-	mode_t mask;
-
-	if (strlen(path) >= sizeof(address.sun_path)) {
-		errno = ENAMETOOLONG;
-		return -1;
-	}
-	memcpy(address.sun_path, path, strlen(path) + 1);
-	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (fd < 0)
-		return -1;
-	if (is_stale(&address))
-		unlink(path);
-	mask = umask(0177);
-	failure = bind(fd, (struct sockaddr *)&address, sizeof(address));
-	umask(mask);
-	if (failure == 0 && listen(fd, 4) == 0)
-		return fd;
-	failure = errno;
-	close(fd);
-	errno = failure;
-	return -1;
-}
-
 struct vhost_user *vhost_user_listen(
 	struct loop *loop, const char *path, const struct vhost_user_device *device, void *context)
 {
@@ -659,7 +618,7 @@ struct vhost_user *vhost_user_listen(
 	guest_memory_init(&server->memory);
 	reset(server);
 	server->path = strdup(path);
-	server->listener = listen_at(path);
+	server->listener = unix_listen(path, SOCK_STREAM);
 	if (server->listener >= 0 && server->path &&
 		loop_add(loop, server->listener, EPOLLIN, listener_ready, server) == 0)
 		return server;

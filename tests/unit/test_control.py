@@ -131,30 +131,33 @@ def test_a_controller_that_does_not_read_is_dropped(shim: Shim) -> None:
     assert "does not read" in shim.log
 
 
+def refused_control(binary: Path, control: Path) -> str:
+    """What a helper says that cannot have this control socket."""
+    command = [str(binary), "guest", "--control", str(control), "--kernel", "/x", "--memory", "64M"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert ended.returncode == 1
+    return ended.stderr
+
+
 def test_a_stale_socket_is_replaced_and_a_living_one_is_not(
     helper_binary: Path, standin_kernel: Path, socket_dir: Path
 ) -> None:
     control = socket_dir / "control"
     with Shim(helper_binary, standin_kernel, control) as first:
-        command = [
-            str(helper_binary),
-            "guest",
-            "--control",
-            str(control),
-            "--kernel",
-            "/x",
-            "--memory",
-            "64M",
-        ]
-        second = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        assert second.returncode == 1
-        assert "Address already in use" in second.stderr
+        assert "Address already in use" in refused_control(helper_binary, control)
         assert first.call("hello")
     assert control.is_socket(), "a killed helper leaves its socket"
     with Shim(helper_binary, standin_kernel, control) as third:
         third.call("quit")
         assert third.process.wait(10) == 0
     assert not control.exists()
+
+
+def test_a_file_that_is_no_socket_is_not_replaced(helper_binary: Path, socket_dir: Path) -> None:
+    control = socket_dir / "control"
+    control.write_text("kept")
+    assert "Address already in use" in refused_control(helper_binary, control)
+    assert control.read_text() == "kept"
 
 
 @pytest.mark.parametrize(
