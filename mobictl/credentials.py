@@ -9,7 +9,6 @@ All of it is in `${XDG_CONFIG_HOME:-~/.config}/mobitopolo`: `identity.pem` (priv
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import ssl
@@ -22,11 +21,10 @@ from typing import Any
 import platformdirs
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from cryptography.x509.oid import NameOID
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from proto.api import OperationError
-from proto.identity import peer_id
+from proto.identity import to_pem
 
 FORMAT = 1
 
@@ -71,7 +69,8 @@ class Credentials:
         found = cls(directory or config_directory())
         found._read()
         if not found.identity.exists():
-            _write(found.identity, make_identity())
+            key = Ed25519PrivateKey.generate()
+            _write(found.identity, to_pem(key, x509.random_serial_number()))
         return found
 
     def _read(self) -> None:
@@ -109,26 +108,6 @@ class Credentials:
         self.meshes[mesh] = members
         text = json.dumps({"format": FORMAT, "meshes": self.meshes}, indent=1)
         _write(self.directory / "meshes.json", text.encode())
-
-
-def make_identity() -> bytes:
-    """A new private key and its self-signed certificate, PEM."""
-    key = Ed25519PrivateKey.generate()
-    raw = key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, peer_id(raw))])
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC))
-        .not_valid_after(datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC))
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .sign(key, algorithm=None)
-    )
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return pem + certificate.public_bytes(Encoding.PEM)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -8,25 +8,17 @@ when the catalog says so, not on a date.
 
 from __future__ import annotations
 
-import datetime
 import os
 import stat
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
-from cryptography.x509.oid import NameOID
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from mobid.config import write_durably
 from proto.api import OperationError
-from proto.identity import peer_id
+from proto.identity import peer_id, to_pem
 
 
 class Identity:
@@ -71,19 +63,5 @@ def load_or_create(path: Path) -> Identity:
 
 
 def _create(path: Path) -> None:
-    key = Ed25519PrivateKey.generate()
-    raw = key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, peer_id(raw))])
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC))
-        .not_valid_after(datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC))
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .sign(key, algorithm=None)
-    )
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    write_durably(path, pem + certificate.public_bytes(Encoding.PEM), mode=0o600)
+    pem = to_pem(Ed25519PrivateKey.generate(), x509.random_serial_number())
+    write_durably(path, pem, mode=0o600)
