@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shim import write_ramdisk
+from tests.ramdisk import build_ramdisk
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -62,10 +62,4 @@ def guest_kernel() -> Path:
 @pytest.fixture(scope="session")
 def checker_ramdisk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An initial RAM disk with `guest/shim_init.c` as its only program."""
-    directory = tmp_path_factory.mktemp("checker")
-    program = directory / "init"
-    source = Path(__file__).parent / "guest/shim_init.c"
-    command = ["gcc", "-O2", "-static", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(source)]
-    subprocess.run(command, check=True, timeout=120)
-    write_ramdisk(program, directory / "initrd")
-    return directory / "initrd"
+    return build_ramdisk(Path(__file__).parent / "guest/shim_init.c", tmp_path_factory.mktemp("checker"))

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helperclient import HelperProcess
-
-CHUNK = 1 << 20
+from tests.memfd import copy_data
 
 
 class Console:
@@ -77,33 +76,7 @@ def copy_memory(source: Shim, destination: Shim) -> int:
     reply, (memory,) = source.call("memory")
     size = reply["size"]
     _, (copy,) = destination.call("memory", size=size)
-    copied = offset = 0
-    while offset < size:
-        try:
-            start = os.lseek(memory, offset, os.SEEK_DATA)
-        except OSError:
-            break
-        offset = os.lseek(memory, start, os.SEEK_HOLE)
-        while start < offset:
-            data = os.pread(memory, min(CHUNK, offset - start), start)
-            start += os.pwrite(copy, data, start)
-            copied += len(data)
+    copied = copy_data(memory, copy)
     os.close(memory)
     os.close(copy)
     return copied
-
-
-def write_ramdisk(program: Path, image: Path) -> None:
-    """An initial RAM disk ("newc" archive, see the kernel's buffer-format.rst) with `program` as /init."""
-
-    def entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:
-        fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(name) + 1, 0)
-        head = b"070701" + b"".join(b"%08x" % field for field in fields) + name.encode() + b"\0"
-        return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
-
-    image.write_bytes(
-        entry("dev", 0o40755)
-        + entry("dev/console", 0o20600, device=(5, 1))
-        + entry("init", 0o100755, program.read_bytes())
-        + entry("TRAILER!!!", 0)
-    )

@@ -25,9 +25,9 @@ from tests.guest.uml import (
     WAITING,
     Boot,
     copy_memory,
-    data_ranges,
     move,
 )
+from tests.memfd import data_ranges
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
 

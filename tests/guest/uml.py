@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.memfd import copy_data
+
 FREEZE, THAW, GO, EXIT = 1, 2, 3, 4
 FROZEN, RUNNING, FAILED, BOOTED, POWEROFF, REBOOT, PANIC, WAITING = range(1, 9)
 BACKEND_LOST = 1
@@ -200,26 +202,9 @@ def memory_file(size: int = 0) -> Iterator[int]:
         os.close(fd)
 
 
-def data_ranges(fd: int) -> Iterator[tuple[int, int]]:
-    """The parts of a memfd that are not holes, as (start, end)."""
-    size, at = os.fstat(fd).st_size, 0
-    while at < size:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:
-            return
-        at = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, at
-
-
 def copy_memory(source: int, destination: int) -> None:
     os.ftruncate(destination, os.fstat(source).st_size)
-    for start, end in data_ranges(source):
-        at = start
-        while at < end:
-            data = os.pread(source, min(1 << 20, end - at), at)
-            os.pwrite(destination, data, at)
-            at += len(data)
+    copy_data(source, destination)
 
 
 Boot = Callable[..., Guest]
