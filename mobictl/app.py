@@ -50,8 +50,8 @@ def root(
     context.obj = {"peer": peer_, "dir": dir_, "json": json, "quiet": quiet}
 
 
-command(app, "up")(up.up)
-command(app, "down")(up.down)
+command(app, "up", interrupted="the peers that were started were ended again")(up.up)
+command(app, "down", interrupted="some may still run; mobictl down again ends the rest")(up.down)
 command(app, "status")(peer.status)
 command(app, "login")(peer.login)
 command(app, "leader")(peer.leader)

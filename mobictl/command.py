@@ -75,18 +75,21 @@ def application(help: str, prefix: str | None = None) -> typer.Typer:
 
 
 def command(
-    app: typer.Typer, name: str, **settings: Any
+    app: typer.Typer, name: str, *, interrupted: str = "", **settings: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register `function(session, …)` as the command `name` of `app`."""
+    """Register `function(session, …)` as the command `name` of `app`.
+
+    `interrupted` says what becomes of the work when the command is ended by Ctrl-C.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        app.command(name, **settings)(_with_common_options(function))
+        app.command(name, **settings)(_with_common_options(function, interrupted))
         return function
 
     return register
 
 
-def _with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_common_options(function: Callable[..., Any], interrupted: str) -> Callable[..., Any]:
     hints = typing.get_type_hints(function, include_extras=True)
     own = list(inspect.signature(function).parameters.values())[1:]
     parameters = [
@@ -107,7 +110,7 @@ def _with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(session, **values)
         except KeyboardInterrupt:
-            write_error(OperationError("failed", "interrupted"), as_json=session.json)
+            write_error(OperationError("failed", "interrupted", interrupted), as_json=session.json)
             raise Exit(130) from None
 
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

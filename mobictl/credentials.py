@@ -18,20 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from mobictl.places import config_directory
 from proto.api import OperationError
 from proto.identity import to_pem
 
 FORMAT = 1
-
-
-def config_directory() -> Path:
-    """`${XDG_CONFIG_HOME:-~/.config}/mobitopolo`."""
-    return Path(platformdirs.user_config_dir("mobitopolo", appauthor=False))
 
 
 @dataclass

@@ -116,7 +116,8 @@ def _manifest(directory: Path, before: Manifest, plan: Plan) -> Manifest:
     taken = {peer.listen for peer in before.peers}
     peers = []
     for name in plan.names:
-        listen = known[name].listen if name in known else _listen(directory, plan, name, taken)
+        kept = name in known and plan.listen is None
+        listen = known[name].listen if kept else _listen(directory, plan, name, taken)
         taken.add(listen)
         peers.append(LocalPeer(name, directory / name, listen))
     wan = str(plan.wan_file.absolute()) if plan.wan_file is not None else None

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,8 +27,21 @@ MANIFEST = "up.json"
 
 
 def state_directory() -> Path:
-    """`${XDG_STATE_HOME:-~/.local/state}/mobitopolo`."""
-    return Path(platformdirs.user_state_dir("mobitopolo", appauthor=False))
+    """`${XDG_STATE_HOME:-~/.local/state}/mobitopolo`; raises OperationError for a user without a home."""
+    return _under_home(platformdirs.user_state_dir, "XDG_STATE_HOME or give --dir")
+
+
+def config_directory() -> Path:
+    """`${XDG_CONFIG_HOME:-~/.config}/mobitopolo`; raises OperationError for a user without a home."""
+    return _under_home(platformdirs.user_config_dir, "XDG_CONFIG_HOME")
+
+
+def _under_home(find: Callable[..., str], mend: str) -> Path:
+    try:
+        return Path(find("mobitopolo", appauthor=False))
+    except RuntimeError:
+        text = "this user has no home directory: HOME is not set, and the system knows none"
+        raise OperationError("failed", text, f"set HOME, or {mend}") from None
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,9 @@ def table(
     return made
 
 
+FOLDED = 12
+"""Lists of plain values longer than this are counted on a page; --json has them whole."""
+
 _FORMS: dict[str, Callable[[Any], str | Text]] = {
     "state": state,
     "memory": size,
@@ -154,6 +157,9 @@ def _flat(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_flat(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):
+        plain = not any(isinstance(item, Mapping) for item in value)
+        if plain and len(value) > FOLDED:
+            return f"{len(value)} ({_flat(value[:FOLDED])}, … all with --json)"
         return ", ".join(
             _flat(item) if not isinstance(item, Mapping) else f"({_flat(item)})" for item in value
         )

@@ -15,6 +15,7 @@ import os
 import stat
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +32,24 @@ LOCK_PAUSE = 0.05
 
 
 def cache_directory() -> Path:
-    """`${XDG_CACHE_HOME:-~/.cache}/mobitopolo`."""
-    return Path(platformdirs.user_cache_dir(APPLICATION, appauthor=False))
+    """`${XDG_CACHE_HOME:-~/.cache}/mobitopolo`; raises `OperationError` for a user without a home."""
+    return _under_home(platformdirs.user_cache_dir, "XDG_CACHE_HOME")
 
 
 def state_directory() -> Path:
-    """`${XDG_STATE_HOME:-~/.local/state}/mobitopolo`."""
-    return Path(platformdirs.user_state_dir(APPLICATION, appauthor=False))
+    """`${XDG_STATE_HOME:-~/.local/state}/mobitopolo`; raises `OperationError` for a user without a home."""
+    return _under_home(platformdirs.user_state_dir, "XDG_STATE_HOME")
+
+
+def _under_home(find: Callable[..., str], variable: str) -> Path:
+    try:
+        return Path(find(APPLICATION, appauthor=False))
+    except RuntimeError:
+        raise OperationError(
+            "failed",
+            "this user has no home directory: HOME is not set, and the system knows none",
+            f"set HOME, or {variable}",
+        ) from None
 
 
 def runtime_directory(directory: Path) -> Path:

@@ -103,7 +103,9 @@ class Labs:
             return await self._images.resolve(image)
         except OperationError as error:
             where = Problem(("topology", "nodes", guest, "image"), "").where
-            raise OperationError(error.code, f"{source}: {where}: {error.message}", error.hint) from None
+            mend = f" ({error.hint})" if error.hint else ""
+            text = f"{source}: {where}: {error.message}{mend}"
+            raise OperationError(error.code, text, "nothing was changed") from None
 
     async def _placed(self, lab: Lab, source: str) -> dict[str, str]:
         there = await hosts(self._catalog, self._links)

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run a peer until it is told to stop")
     run.add_argument(
-        "--dir", type=Path, default=state_directory() / "peer", help="the peer's own directory (%(default)s)"
+        "--dir", type=Path, help="the peer's own directory (default: mobitopolo/peer in the user's state)"
     )
     run.add_argument("--name", help="its name in the mesh (default: this host's)")
     run.add_argument("--site", default="", help="the name of the place it is at")
@@ -101,7 +101,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         if value:
             api.check_name(value, name)
     return Config(
-        directory=arguments.dir.absolute(),
+        directory=(arguments.dir or state_directory() / "peer").absolute(),
         name=arguments.name,
         site=arguments.site,
         listen=parse_listen(arguments.listen),

@@ -16,6 +16,7 @@ from enum import IntEnum
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 ErrorCode = Literal[
     "not-found",
@@ -81,6 +82,7 @@ class Role(IntEnum):
 
 
 NAME_PATTERN = r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$"
+NAME_WORDS = "a name has at most 63 letters, digits, dots, hyphens, underscores; a letter or digit first"
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 """A name of a peer, lab, guest, network: no path, no markup, at most 63 characters."""
@@ -96,7 +98,7 @@ def check_name(text: str, what: str) -> str:
         raise OperationError(
             "bad-argument",
             f"{what} {text[:80]!r} is no name",
-            "a name has at most 63 letters, digits, dots, hyphens, underscores; a letter or digit first",
+            NAME_WORDS,
         ) from None
 
 
@@ -125,13 +127,20 @@ def parse(model: type[ArgumentsT], args: Any, op: str) -> ArgumentsT:
         return model.model_validate(args)
     except ValidationError as error:
         problems = [
-            f"{'.'.join(str(part) for part in item['loc']) or 'arguments'}: {item['msg'].lower()}"
-            for item in error.errors(include_url=False, include_context=False, include_input=False)[:5]
+            f"{'.'.join(str(part) for part in item['loc']) or 'arguments'}: {_in_words(item)}"
+            for item in error.errors(include_url=False)[:5]
         ]
         known = ", ".join(model.model_fields) or "none"
         raise OperationError(
             "bad-argument", f"{op}: {'; '.join(problems)}", f"its arguments are: {known}"
         ) from None
+
+
+def _in_words(item: ErrorDetails) -> str:
+    """What is wrong with one argument; a name's pattern is said in words."""
+    if item.get("ctx", {}).get("pattern") == NAME_PATTERN:
+        return f"{str(item['input'])[:80]!r} is no name: {NAME_WORDS}"
+    return item["msg"][:1].lower() + item["msg"][1:]
 
 
 class Nothing(Arguments):

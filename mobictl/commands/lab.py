@@ -87,7 +87,7 @@ def validate(session: Session, file: FileArgument) -> None:
     session.show({"lab": lab.name, "ok": True, **facts}, f"{file}: the lab {lab.name!r} is right ({words})")
 
 
-@command(app, "up")
+@command(app, "up", interrupted="the lab is taken down again; mobictl lab ls shows when it is gone")
 def up(session: Session, file: FileArgument) -> None:
     """Make a lab of a file and start its guests."""
     with reporting(session, "lab up") as report:
@@ -117,7 +117,7 @@ def plan(session: Session, file: FileArgument) -> None:
     session.show(found, tables.table(_rows(found), PLAN, "no guests"))
 
 
-@command(app, "down")
+@command(app, "down", interrupted="the lab goes on ending; mobictl lab ls shows when it is gone")
 def down(session: Session, lab: LabArgument) -> None:
     """End a lab: its guests, their disks, its networks."""
     found = session.call("lab.down", build(api.LabArguments, "lab.down", lab=lab), timeout=UP_TIMEOUT)

@@ -75,6 +75,9 @@ def _plan(
     known = [peer.name for peer in places.load_manifest(directory).peers]
     if (name is not None or listen is not None) and peers not in (None, 1):
         raise OperationError("bad-argument", "--name and --listen are for a single peer", "leave out --peers")
+    if listen is not None and len(known) > 1:
+        text = f"{directory} has the mesh of {', '.join(known)}; --listen is for a single peer"
+        raise OperationError("bad-argument", text, "leave out --listen, or give another --dir")
     if listen is not None:
         split_address(listen)
     if name is not None:

@@ -58,7 +58,7 @@ def show(session: Session, vm: VmArgument) -> None:
     session.show(row, tables.page(row))
 
 
-@command(app, "run")
+@command(app, "run", interrupted="the guest is removed again; mobictl vm ls shows when it is gone")
 def run(
     session: Session,
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="The image, as in: mobictl image ls.")],

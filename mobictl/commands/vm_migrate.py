@@ -30,7 +30,7 @@ PASSES = (
 )
 
 
-@command(app, "migrate")
+@command(app, "migrate", interrupted="a move that had begun goes on; mobictl vm ls shows where the guest is")
 def migrate(
     session: Session,
     vm: VmArgument,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -154,6 +155,37 @@ def test_graph_of_a_file(cli: Cli, form: str, start: str) -> None:
 def test_schema_command_prints_what_is_published(cli: Cli) -> None:
     printed = cli("lab", "schema").stdout
     assert printed == (ROOT / "deploy/lab.schema.json").read_text()
+
+
+def test_a_wrong_name_and_image_are_said_in_words(mesh: Cli, tmp_path: Path) -> None:
+    error = mesh.error("vm", "run", "mini", "--name", "a/B")
+    assert "'a/B' is no name" in error["message"]
+    file = tmp_path / "lab.yaml"
+    file.write_text("name: x\ntopology:\n  nodes:\n    a: {image: nowhere}\n")
+    error = mesh.error("lab", "up", str(file))
+    assert "there is no image 'nowhere'" in error["message"]
+    assert "builds it" in error["message"], "the mend stands with the mistake"
+    assert error["problems"][0]["line"] == 4
+
+
+def test_listen_moves_a_peer_whose_port_was_taken(cli: Cli) -> None:
+    with socket.socket() as other, socket.socket() as probe:
+        address = cli.json("up")["peers"][0]["address"]
+        cli("down")
+        other.bind(("127.0.0.1", int(address.rpartition(":")[2])))
+        other.listen()
+        error = cli.error("up")
+        assert "is in use by another program (choose another with --listen)" in error["message"]
+        probe.bind(("127.0.0.1", 0))
+        free = f"127.0.0.1:{probe.getsockname()[1]}"
+        probe.close()
+        assert cli.json("up", "--listen", free)["peers"][0]["address"] == free
+        assert cli.json("status")["address"] == free
+
+
+def test_listen_is_refused_for_several_known_peers(mesh: Cli) -> None:
+    error = mesh.error("up", "--listen", "127.0.0.1:1234")
+    assert "peer1, peer2; --listen is for a single peer" in error["message"]
 
 
 def test_kill_9_then_down_then_up_again(cli: Cli) -> None:

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import typer
+from rich.console import Console
 
 from mobictl.app import app
-from mobictl.command import execute
+from mobictl.command import application, command, execute
+from mobictl.session import Session
+from mobictl.tables import page
+from mobid.main import main as mobid_main
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -102,6 +106,58 @@ def commands() -> list[tuple[str, ...]]:
         return found
 
     return below(app, ())
+
+
+def test_a_user_without_a_home_is_told_what_to_set(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("HOME", "MOBI_DIR", "XDG_STATE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", _nobody)
+    code, out, errors = run("status")
+    assert (code, out) == (1, "")
+    assert "no home directory" in errors
+    assert "--dir" in errors
+
+
+def test_mobid_without_a_home_says_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in ("HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", _nobody)
+    for arguments in (["run"], ["doctor"]):
+        with pytest.raises(SystemExit) as ended:
+            mobid_main(arguments)
+        assert ended.value.code == 1
+        assert "no home directory" in capsys.readouterr().err
+
+
+def _nobody(uid: int) -> None:
+    raise KeyError(uid)
+
+
+def test_ctrl_c_says_what_becomes_of_the_work(capfd: pytest.CaptureFixture[str]) -> None:
+    interruptible = application("Test.")
+
+    @command(interruptible, "work", interrupted="it goes on")
+    def work(session: Session) -> None:
+        raise KeyboardInterrupt
+
+    @command(interruptible, "other")
+    def other(session: Session) -> None: ...
+
+    assert execute(interruptible, ["work"]) == 130
+    assert capfd.readouterr().err == "mobictl: interrupted\n  it goes on\n"
+
+
+def test_a_long_list_is_counted_on_a_page() -> None:
+    features = [f"feature{n}" for n in range(100)]
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(page({"cpu_features": features, "addresses": features[:3]}))
+    text = captured.get()
+    assert "100 (feature0, " in text
+    assert "feature50" not in text
+    assert "feature0, feature1, feature2\n" in "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
 @pytest.mark.parametrize("path", commands(), ids=" ".join)
