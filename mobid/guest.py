@@ -489,11 +489,6 @@ class LocalGuest:
             os.close(fd)
 
     @property
-    def memory_fd(self) -> int:
-        """The guest's memory (a memfd), -1 if it does not run; it stays ours."""
-        return self._memory_fd
-
-    @property
     def untouched(self) -> int:
         """Bytes of its memory that it has not used yet and may still ask the host for."""
         if self._memory_fd < 0:

@@ -123,21 +123,3 @@ def _interfaces(lab: Lab) -> dict[str, Iterator[str]]:
         return (f"eth{n}" for n in range(1, 1 << 16) if f"eth{n}" not in names)
 
     return {node: unused(names) for node, names in used.items()}
-
-
-def ports_of(lab: Lab, guest: str, taken: Collection[str] = ()) -> list[Port]:
-    """A guest's ports, in the order of its devices: by interface, eth2 before eth10."""
-    found = [port for segment in segments(lab, taken) for port in segment.ports if port.guest == guest]
-    return sorted(found, key=lambda port: (len(port.interface), port.interface))
-
-
-def hosts_of(lab: Lab, guest: str) -> dict[str, list[str]]:
-    """The /etc/hosts of a guest: every guest's name → its addresses, those on a shared network first."""
-    every = segments(lab)
-    own = {segment.name for segment in every if any(port.guest == guest for port in segment.ports)}
-    found: dict[str, list[str]] = {}
-    for segment in sorted(every, key=lambda segment: segment.name not in own):
-        for port in segment.ports:
-            if port.address is not None:
-                found.setdefault(port.guest, []).append(port.address.partition("/")[0])
-    return found

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one shape of every decision: events in, effects out.
 
-A machine is a pure object. It is told what happened (an *event*) and what time it is, changes its own state,
-and answers with what should be done (*effects*). It opens no socket, reads no clock and rolls no dice of its
-own: time is an argument, randomness a seeded `random.Random` given at construction. So the same code runs in
-a live peer, where a trio shell carries the effects out, in the simulator, where a seed decides what arrives
-when, and in a test of five lines; and a recorded list of events replays a bug exactly.
+A machine is a pure object with one method, `handle(event, now)`. It is told what happened (an *event*) and
+what time it is (seconds on a clock that never goes back), changes its own state, and answers with what should
+be done (*effects*), in the order in which it must be carried out. It opens no socket, reads no clock and
+rolls no dice of its own: time is an argument, randomness a seeded `random.Random` given at construction. So
+the same code runs in a live peer, where a trio shell carries the effects out, in the simulator, where a seed
+decides what arrives when, and in a test of five lines; and a recorded list of events replays a bug exactly.
 
 Events and effects are frozen dataclasses. The effects that every shell understands are here; a machine adds
 its own beside itself.
@@ -14,18 +15,7 @@ its own beside itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
-
-EventT_contra = TypeVar("EventT_contra", contravariant=True)
-EffectT = TypeVar("EffectT")
-
-
-class Machine(Protocol, Generic[EventT_contra, EffectT]):
-    """Anything with the one method. `now` is in seconds on a clock that never goes back."""
-
-    def handle(self, event: EventT_contra, now: float) -> list[EffectT]:
-        """Take one event; return the effects in the order in which they must be carried out."""
-        ...
+from typing import Any
 
 
 @dataclass(frozen=True)

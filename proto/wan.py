@@ -10,7 +10,7 @@ range that RFC 2544 sets aside.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -102,8 +102,3 @@ def _check(wan: Wan) -> Iterator[Problem]:
             yield Problem((*place[:2], "jitter"), "jitter cannot be more than half of the round trip")
         if path.rate is not None and path.rate < 1000:
             yield Problem((*place[:2], "rate"), "a path carries at least 8kbit")
-
-
-def dump_wan(wan: Wan) -> dict[str, Any]:
-    """The file's content as plain JSON values; `parse_wan` reads it back to an equal Wan."""
-    return wan.model_dump(mode="json", exclude_unset=True)

@@ -84,12 +84,6 @@ class Queue:
     def used_index(self) -> int:
         return self.u16(self.used + 2)
 
-    @property
-    def wants_kick(self) -> bool:
-        if self.vm.features & F_EVENT_IDX:
-            return self.u16(self.used + 4 + 8 * self.size) == (self.avail_index - 1) & 0xFFFF
-        return not self.u16(self.used) & 1
-
     def write_desc(self, i: int, address: int, length: int, flags: int = 0, following: int = 0) -> None:
         struct.pack_into("<QIHH", self.vm.memory, self.desc + 16 * i, address, length, flags, following)
 

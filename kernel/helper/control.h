@@ -118,7 +118,6 @@ bool control_u64_optional(
 bool control_bool(const struct control_args *args, const char *key, bool *value);
 bool control_bool_optional(const struct control_args *args, const char *key, bool *value);
 bool control_str(const struct control_args *args, const char *key, size_t max, const char **value);
-bool control_str_optional(const struct control_args *args, const char *key, size_t max, const char **value);
 /* Index of the string in the NULL-terminated `choices`. */
 bool control_choice(const struct control_args *args, const char *key, const char *const *choices, size_t *index);
 /* Exactly `size` bytes, copied. */
@@ -151,7 +150,6 @@ struct control_message *control_event(struct control *control, const char *event
 
 /* Filling a message. None of these fails: what is too large is turned into an `internal` error at control_send. */
 void control_put_u64(struct control_message *message, const char *key, uint64_t value);
-void control_put_i64(struct control_message *message, const char *key, int64_t value);
 void control_put_bool(struct control_message *message, const char *key, bool value);
 void control_put_str(struct control_message *message, const char *key, const char *value); /* NULL: nil */
 void control_put_bytes(struct control_message *message, const char *key, const void *bytes, size_t size);

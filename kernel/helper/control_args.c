@@ -153,11 +153,6 @@ bool control_str(const struct control_args *args, const char *key, size_t max, c
 	return object && read_str(args, key, object, max, value);
 }
 
-bool control_str_optional(const struct control_args *args, const char *key, size_t max, const char **value)
-{
-	return !control_has(args, key) || control_str(args, key, max, value);
-}
-
 bool control_choice(const struct control_args *args, const char *key, const char *const *choices, size_t *index)
 {
 	const msgpack_object *object = require(args, key);

@@ -54,11 +54,6 @@ void control_put_u64(struct control_message *message, const char *key, uint64_t 
 	msgpack_pack_uint64(control_put(message, key), value);
 }
 
-void control_put_i64(struct control_message *message, const char *key, int64_t value)
-{
-	msgpack_pack_int64(control_put(message, key), value);
-}
-
 void control_put_bool(struct control_message *message, const char *key, bool value)
 {
 	msgpack_packer *packer = control_put(message, key);

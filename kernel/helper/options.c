@@ -37,7 +37,8 @@ static bool parse_number(const char *text, uint64_t *number, const char **end)
 	return errno == 0;
 }
 
-bool parse_size(const char *text, uint64_t *size)
+/* `64M`, `4096`; false if it is not a size or does not fit. */
+static bool parse_size(const char *text, uint64_t *size)
 {
 	static const char units[] = "KMGT";
 	const char *end, *unit;

@@ -54,7 +54,4 @@ int options_parse(const char *role, const char *summary, int argc, char **argv, 
 /* Prints the line and returns 2, for mistakes only the role can see. */
 int options_error(const char *role, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-/* `64M`, `4096`; false if it is not a size or does not fit. */
-bool parse_size(const char *text, uint64_t *size);
-
 #endif

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "page_region.h"
 
+#include "control.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -46,14 +48,14 @@ static bool open_memory(struct page_region *region, struct page_failure *failure
 {
 	struct stat info;
 	if (fstat(region->data, &info) < 0 || (uint64_t)info.st_size < region->layout.size)
-		return page_fail(failure, "bad-argument",
+		return page_fail(failure, CONTROL_BAD_ARGUMENT,
 			"region %u: the memfd is shorter than the region's %llu bytes", region->layout.id,
 			(unsigned long long)region->layout.size);
 	region->data = own_description(region->data);
 	void *memory = mmap(NULL, region->layout.size, PROT_READ, MAP_SHARED | MAP_NORESERVE, region->data, 0);
 	if (memory == MAP_FAILED)
 		return page_fail(
-			failure, "io", "region %u: cannot map the memfd: %s", region->layout.id, strerror(errno));
+			failure, CONTROL_IO, "region %u: cannot map the memfd: %s", region->layout.id, strerror(errno));
 	region->memory = memory;
 	return true;
 }
@@ -69,15 +71,16 @@ static bool open_disk(struct page_region *region, struct page_failure *failure)
 	const struct page_region_layout *layout = &region->layout;
 	struct stat overlay, maps;
 	if (fstat(region->data, &overlay) < 0 || !S_ISREG(overlay.st_mode) || fstat(region->maps, &maps) < 0)
-		return page_fail(failure, "bad-argument", "region %u: the overlay is not a regular file", layout->id);
+		return page_fail(
+			failure, CONTROL_BAD_ARGUMENT, "region %u: the overlay is not a regular file", layout->id);
 	if (!bitmap_fits(region, layout->allocated_offset, (uint64_t)maps.st_size) ||
 		!bitmap_fits(region, layout->dirty_offset, (uint64_t)maps.st_size))
 		return page_fail(
-			failure, "bad-argument", "region %u: a bitmap lies outside the maps memfd", layout->id);
+			failure, CONTROL_BAD_ARGUMENT, "region %u: a bitmap lies outside the maps memfd", layout->id);
 	void *base = mmap(NULL, (size_t)maps.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, region->maps, 0);
 	if (base == MAP_FAILED)
 		return page_fail(
-			failure, "io", "region %u: cannot map the maps memfd: %s", layout->id, strerror(errno));
+			failure, CONTROL_IO, "region %u: cannot map the maps memfd: %s", layout->id, strerror(errno));
 	region->map_base = base;
 	region->map_bytes = (size_t)maps.st_size;
 	region->allocated = (_Atomic uint64_t *)(void *)(region->map_base + layout->allocated_offset);
@@ -93,7 +96,7 @@ bool page_region_open(struct page_region *region, const struct page_region_layou
 	const uint64_t limit = (uint64_t)PAGE_BYTES << 32; /* page numbers are 32 bits on the wire */
 	if (layout->size == 0 || layout->size % PAGE_BYTES || layout->size > limit ||
 		layout->data_offset % PAGE_BYTES || layout->data_offset > limit)
-		return page_fail(failure, "bad-argument",
+		return page_fail(failure, CONTROL_BAD_ARGUMENT,
 			"region %u: size %llu or its data offset is no multiple of 4096 up to 16 TiB", layout->id,
 			(unsigned long long)layout->size);
 	if (!(layout->disk ? open_disk(region, failure) : open_memory(region, failure)))
@@ -101,7 +104,7 @@ bool page_region_open(struct page_region *region, const struct page_region_layou
 	void *hashes = mmap(NULL, region->pages * sizeof(XXH128_hash_t), PROT_READ | PROT_WRITE,
 		MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (hashes == MAP_FAILED)
-		return page_fail(failure, "limit", "region %u: no memory for its page hashes", layout->id);
+		return page_fail(failure, CONTROL_LIMIT, "region %u: no memory for its page hashes", layout->id);
 	region->hashes = hashes;
 	return true;
 }
@@ -199,7 +202,7 @@ static bool hash_memory(struct page_regions *regions, const struct page_region *
 		for (; at < end; at += PAGE_BYTES) {
 			uint64_t page = (uint64_t)at / PAGE_BYTES;
 			if (page % VERIFY_CHUNK_PAGES == 0 && stopped(stop))
-				return page_fail(failure, "bad-state", "verification was given up");
+				return page_fail(failure, CONTROL_BAD_STATE, "verification was given up");
 			add_term(regions, region, page, region->memory + at, root);
 		}
 	}
@@ -217,12 +220,12 @@ static bool hash_disk(struct page_regions *regions, const struct page_region *re
 		if (!(word >> (page % 64) & 1))
 			continue;
 		if (page % VERIFY_CHUNK_PAGES == 0 && stopped(stop))
-			return page_fail(failure, "bad-state", "verification was given up");
+			return page_fail(failure, CONTROL_BAD_STATE, "verification was given up");
 		off_t offset = (off_t)(region->layout.data_offset + page * PAGE_BYTES);
 		ssize_t got = pread(region->data, block, sizeof(block), offset);
 		if (got < 0)
-			return page_fail(failure, "io", "region %u: cannot read block %llu: %s", region->layout.id,
-				(unsigned long long)page, strerror(errno));
+			return page_fail(failure, CONTROL_IO, "region %u: cannot read block %llu: %s",
+				region->layout.id, (unsigned long long)page, strerror(errno));
 		memset(block + got, 0, sizeof(block) - (size_t)got);
 		add_term(regions, region, page, block, root);
 	}

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "page_sender.h"
 
+#include "control.h"
 #include "loop.h"
 #include "page_scan.h"
 
@@ -38,7 +39,7 @@ bool page_sender_open(struct page_sender *sender)
 	if (sender->batch)
 		*sender->batch = (struct page_batch){.zstd = ZSTD_createCCtx()};
 	if (!sender->batch || !sender->batch->zstd)
-		return page_fail(&sender->stream->failure, "limit", "no memory for a batch of pages");
+		return page_fail(&sender->stream->failure, CONTROL_LIMIT, "no memory for a batch of pages");
 	return true;
 }
 
@@ -67,11 +68,11 @@ static bool expect(struct page_sender *sender, uint8_t type, uint32_t number, co
 	if (answer[0] == RECORD_REFUSED) {
 		size_t text = get_u16(answer + 2);
 		text = text <= length - RECORD_HEADER_BYTES ? text : length - RECORD_HEADER_BYTES;
-		return page_fail(failure_of(sender), "mismatch", "the receiver refused: %.*s", (int)text,
+		return page_fail(failure_of(sender), CONTROL_MISMATCH, "the receiver refused: %.*s", (int)text,
 			(const char *)answer + RECORD_HEADER_BYTES);
 	}
 	if (answer[0] != type || get_u32(answer + 4) != number)
-		return page_fail(failure_of(sender), "io", "an unexpected answer of type %u came", answer[0]);
+		return page_fail(failure_of(sender), CONTROL_IO, "an unexpected answer of type %u came", answer[0]);
 	return true;
 }
 
@@ -83,7 +84,7 @@ static bool flush(struct page_sender *sender)
 		const uint8_t *record;
 		*failure_of(sender) = (struct page_failure){0};
 		if (expect(sender, RECORD_REFUSED, 0, &record))
-			return page_fail(failure_of(sender), "io", "the receiver ended the stream");
+			return page_fail(failure_of(sender), CONTROL_IO, "the receiver ended the stream");
 	}
 	return false;
 }
@@ -113,8 +114,8 @@ bool page_sender_hello(struct page_sender *sender)
 	if (expect(sender, RECORD_ACCEPTED, 0, &answer))
 		return true;
 	if (strcmp(failure_of(sender)->code, "closed") == 0)
-		*failure_of(sender) = (struct page_failure){
-			"authentication", "the receiver closed the stream unanswered: its key or migration is another"};
+		*failure_of(sender) = (struct page_failure){CONTROL_AUTHENTICATION,
+			"the receiver closed the stream unanswered: its key or migration is another"};
 	return false;
 }
 
@@ -233,7 +234,7 @@ static bool visit_disk(struct page_sender *sender, const struct page_run *run)
 			(off_t)(layout->data_offset + run->first * PAGE_BYTES));
 	while (got < 0 && errno == EINTR);
 	if (got < 0)
-		return page_fail(failure_of(sender), "io", "disk %u: cannot read block %llu: %s", layout->id,
+		return page_fail(failure_of(sender), CONTROL_IO, "disk %u: cannot read block %llu: %s", layout->id,
 			(unsigned long long)run->first, strerror(errno));
 	/* The file may end in the middle of the last block that was written. */
 	memset((uint8_t *)batch->blocks + got, 0, wanted - (size_t)got);
@@ -261,7 +262,7 @@ static bool begin_source(struct page_sender *sender, struct page_source *source,
 	}
 	batch->set = calloc((region->pages + 63) / 64, sizeof(*batch->set));
 	if (!batch->set) {
-		page_fail(failure_of(sender), "limit", "no memory for a set of pages");
+		page_fail(failure_of(sender), CONTROL_LIMIT, "no memory for a set of pages");
 		return false;
 	}
 	page_scan(sender->regions, region, batch->set);
@@ -346,7 +347,7 @@ static bool send_release(struct page_sender *sender, uint64_t *released_at)
 	if (!record)
 		return false;
 	if (!sender->may_release(sender->context))
-		return page_fail(failure_of(sender), "bad-state", "the migration was cancelled");
+		return page_fail(failure_of(sender), CONTROL_BAD_STATE, "the migration was cancelled");
 	*released_at = atomic_load(&sender->stream->sent_bytes) + page_stream_pending(sender->stream);
 	put_header(record, RECORD_RELEASE, 0, 0, 0);
 	memcpy(record + RECORD_HEADER_BYTES, sender->migration, MIGRATION_ID_BYTES);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "page_sink.h"
 
+#include "control.h"
 #include "loop.h"
 
 #include <errno.h>
@@ -25,7 +26,7 @@ static struct page_failure *failure_of(struct page_sink *sink)
 
 static bool bad(struct page_sink *sink, const char *what)
 {
-	return page_fail(failure_of(sink), "mismatch", "the sender's record is wrong: %s", what);
+	return page_fail(failure_of(sink), CONTROL_MISMATCH, "the sender's record is wrong: %s", what);
 }
 
 static bool hello(struct page_sink *sink, const struct body *body)
@@ -59,7 +60,7 @@ static bool write_pages(
 		if (put < 0 && errno == EINTR)
 			continue;
 		if (put <= 0)
-			return page_fail(failure_of(sink), put < 0 && errno == ENOSPC ? "no-space" : "io",
+			return page_fail(failure_of(sink), put < 0 && errno == ENOSPC ? CONTROL_NO_SPACE : CONTROL_IO,
 				"region %u: cannot write page %llu: %s", region->layout.id, (unsigned long long)first,
 				put < 0 ? strerror(errno) : "nothing was written");
 		content += put;
@@ -221,7 +222,7 @@ static bool release(struct page_sink *sink, const struct body *body)
 		memcmp(body->at, sink->migration, MIGRATION_ID_BYTES) != 0)
 		return bad(sink, "a release that does not follow its root");
 	if (!sink->may_accept(sink->context))
-		return page_fail(failure_of(sink), "bad-state", "the migration was cancelled");
+		return page_fail(failure_of(sink), CONTROL_BAD_STATE, "the migration was cancelled");
 	sink->released_ns = loop_now();
 	sink->event(sink->context, SINK_RELEASED, sink);
 	/* The right to run is here whether or not the sender hears of it. */
@@ -280,8 +281,8 @@ static void refuse(struct page_sink *sink)
 {
 	const struct page_failure *failure = failure_of(sink);
 	size_t text = strlen(failure->message);
-	if (strcmp(failure->code, "mismatch") != 0 && strcmp(failure->code, "no-space") != 0 &&
-		strcmp(failure->code, "io") != 0)
+	if (strcmp(failure->code, CONTROL_MISMATCH) != 0 && strcmp(failure->code, CONTROL_NO_SPACE) != 0 &&
+		strcmp(failure->code, CONTROL_IO) != 0)
 		return;
 	uint8_t *record = page_stream_begin(sink->stream, RECORD_HEADER_BYTES + text);
 	if (!record)
@@ -298,7 +299,7 @@ bool page_sink_run(struct page_sink *sink)
 	sink->unpacked = malloc((size_t)RECORD_PAGES_MAX * PAGE_BYTES);
 	bool ok = sink->zstd && sink->unpacked
 			  ? converse(sink)
-			  : page_fail(failure_of(sink), "limit", "no memory for a record of pages");
+			  : page_fail(failure_of(sink), CONTROL_LIMIT, "no memory for a record of pages");
 	if (!ok)
 		refuse(sink);
 	ZSTD_freeDCtx(sink->zstd);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "page_stream.h"
 
+#include "control.h"
 #include "loop.h"
 
 #include <errno.h>
@@ -84,7 +85,7 @@ bool page_stream_open(struct page_stream *stream, int fd, int stop, const uint8_
 	if (!stream->out || !stream->in || !seal_init(&stream->seal, key, migration, sender) ||
 		!seal_init(&stream->open, key, migration, !sender) ||
 		!derive(key, migration, "mobitopolo pages root", secret, PAGE_SECRET_BYTES))
-		return page_fail(&stream->failure, "internal", "cannot set up the stream's ciphers");
+		return page_fail(&stream->failure, CONTROL_INTERNAL, "cannot set up the stream's ciphers");
 	tune_socket(fd);
 	return true;
 }
@@ -138,12 +139,12 @@ static bool wait_for(struct page_stream *stream, short events, int timeout_ms, s
 		count = poll(ready, 2, timeout_ms);
 	while (count < 0 && errno == EINTR);
 	if (count < 0)
-		return page_fail(&stream->failure, "io", "poll: %s", strerror(errno));
+		return page_fail(&stream->failure, CONTROL_IO, "poll: %s", strerror(errno));
 	if (ready[1].revents)
-		return page_fail(&stream->failure, "bad-state", "the migration was cancelled");
+		return page_fail(&stream->failure, CONTROL_BAD_STATE, "the migration was cancelled");
 	if (count == 0)
-		return page_fail(
-			&stream->failure, "timeout", "the other side made no progress for %d s", timeout_ms / 1000);
+		return page_fail(&stream->failure, CONTROL_TIMEOUT, "the other side made no progress for %d s",
+			timeout_ms / 1000);
 	*got = ready[0].revents;
 	return true;
 }
@@ -168,7 +169,7 @@ static size_t pace(struct page_stream *stream, size_t wanted)
 		struct timespec timeout = {.tv_nsec = (long)wait_ns};
 		struct pollfd stop = {.fd = stream->stop, .events = POLLIN};
 		if (ppoll(&stop, 1, &timeout, NULL) > 0) {
-			page_fail(&stream->failure, "bad-state", "the migration was cancelled");
+			page_fail(&stream->failure, CONTROL_BAD_STATE, "the migration was cancelled");
 			return 0;
 		}
 	}
@@ -203,7 +204,7 @@ bool page_stream_flush(struct page_stream *stream)
 		if (errno == EINTR)
 			continue;
 		if (errno != EAGAIN)
-			return page_fail(&stream->failure, "io", "the stream broke: %s", strerror(errno));
+			return page_fail(&stream->failure, CONTROL_IO, "the stream broke: %s", strerror(errno));
 		short got, events = stream->watch_answer ? POLLIN | POLLOUT : POLLOUT;
 		if (!wait_for(stream, events, STALL_MS, &got))
 			return false;
@@ -244,11 +245,11 @@ static bool receive_more(struct page_stream *stream, int timeout_ms)
 			return true;
 		}
 		if (got == 0)
-			return page_fail(&stream->failure, stream->in_end ? "io" : "closed",
+			return page_fail(&stream->failure, stream->in_end ? CONTROL_IO : "closed",
 				"the other side closed the stream%s",
 				stream->in_end ? " in the middle of a record" : "");
 		if (errno != EAGAIN && errno != EINTR)
-			return page_fail(&stream->failure, "io", "the stream broke: %s", strerror(errno));
+			return page_fail(&stream->failure, CONTROL_IO, "the stream broke: %s", strerror(errno));
 		short unused;
 		if (errno == EAGAIN && !wait_for(stream, POLLIN, timeout_ms, &unused))
 			return false;
@@ -262,15 +263,15 @@ bool page_stream_read(struct page_stream *stream, const uint8_t **record, size_t
 			return false;
 	size_t size = front_length(stream);
 	if (size > STREAM_SEALED_MAX || size < AEAD_TAG + RECORD_HEADER_BYTES)
-		return page_fail(&stream->failure, "limit", "a record of %zu bytes was announced", size);
+		return page_fail(&stream->failure, CONTROL_LIMIT, "a record of %zu bytes was announced", size);
 	while (!page_stream_has_record(stream))
 		if (!receive_more(stream, timeout_ms))
 			return false;
 	uint8_t *prefix = stream->in + stream->in_start;
 	uint8_t *sealed = prefix + STREAM_LENGTH_BYTES;
 	if (!aead_open(stream->open.aead, next_nonce(&stream->open), prefix, STREAM_LENGTH_BYTES, sealed, size, sealed))
-		return page_fail(
-			&stream->failure, "authentication", "a record does not authenticate: wrong key, or altered");
+		return page_fail(&stream->failure, CONTROL_AUTHENTICATION,
+			"a record does not authenticate: wrong key, or altered");
 	stream->in_start += STREAM_LENGTH_BYTES + size;
 	*record = sealed;
 	*length = size - AEAD_TAG;

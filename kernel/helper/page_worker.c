@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "page_worker.h"
 
+#include "control.h"
 #include "loop.h"
 
 #include <errno.h>
@@ -26,7 +27,7 @@ static void notify_failure(struct page_worker *worker, enum page_notice_kind kin
 {
 	struct page_notice notice = {.kind = kind, .failure = *failure};
 	if (strcmp(notice.failure.code, "closed") == 0 || strcmp(notice.failure.code, "refused") == 0)
-		notice.failure.code = "io";
+		notice.failure.code = CONTROL_IO;
 	notify(worker, &notice);
 }
 
@@ -178,11 +179,11 @@ static bool make_pipes(struct page_worker *worker, struct page_failure *failure)
 	int notices[2], jobs[2];
 	worker->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (worker->stop < 0 || pipe2(notices, O_CLOEXEC) < 0)
-		return page_fail(failure, "limit", "no more descriptors: %s", strerror(errno));
+		return page_fail(failure, CONTROL_LIMIT, "no more descriptors: %s", strerror(errno));
 	worker->notices = notices[0];
 	worker->notices_in = notices[1];
 	if (pipe2(jobs, O_CLOEXEC) < 0)
-		return page_fail(failure, "limit", "no more descriptors: %s", strerror(errno));
+		return page_fail(failure, CONTROL_LIMIT, "no more descriptors: %s", strerror(errno));
 	worker->jobs_out = jobs[0];
 	worker->jobs = jobs[1];
 	return true;
@@ -203,7 +204,7 @@ bool page_worker_start(struct page_worker *worker, int fd, const uint8_t key[STR
 	page_regions_set_secret(&worker->regions, secret);
 	int error = pthread_create(&worker->thread, NULL, run, worker);
 	if (error)
-		return page_fail(failure, "limit", "no more threads: %s", strerror(error));
+		return page_fail(failure, CONTROL_LIMIT, "no more threads: %s", strerror(error));
 	worker->running = true;
 	return true;
 }

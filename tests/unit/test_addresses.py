@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proto.addresses import hosts_of, mac_address, ports_of, segments, subnet_addresses
+from proto.addresses import mac_address, segments, subnet_addresses
 from proto.lab import Lab, guest
 from proto.labcheck import parse_lab
 from proto.labfields import parse_subnet
@@ -45,11 +45,6 @@ def test_links_have_names_and_addresses_in_the_order_of_their_endpoints() -> Non
     ]
 
 
-def test_hosts_prefer_the_shared_network() -> None:
-    assert hosts_of(UFS, "client")["protocol"] == ["10.9.2.1", "10.9.1.2"]
-    assert hosts_of(UFS, "content")["protocol"] == ["10.9.1.2", "10.9.2.1"]
-
-
 def test_members_get_the_first_free_interface() -> None:
     lab = make(
         {"a": {}, "b": {}},
@@ -61,7 +56,6 @@ def test_members_get_the_first_free_interface() -> None:
         ("a", "eth2", "fd00::1/64"),
         ("b", "eth1", "fd00::2/64"),
     ]
-    assert [port.interface for port in ports_of(lab, "b")] == ["eth1", "eth2"]
 
 
 @given(st.text(max_size=40), st.text(max_size=40), st.text(max_size=15))
