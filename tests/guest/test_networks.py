@@ -21,6 +21,9 @@ from tests.guest.peers import PeerProcess, eventually
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
 
+REPLY_PATIENCE = 50
+"""Tenths of a second."""
+
 LAB = {
     "name": "pair",
     "topology": {
@@ -124,22 +127,39 @@ async def test_a_tcp_stream_goes_through_moves(mesh: list[PeerProcess]) -> None:
     assert held >= 0
 
 
+async def echoes(peer: PeerProcess, guest: str) -> tuple[int, int]:
+    """The echo requests that the guest's kernel has sent, and the replies that have reached it."""
+    said = await sh(peer, guest, "grep ^Icmp: /proc/net/snmp")
+    names, values = (line.split()[1:] for line in said.splitlines())
+    count = dict(zip(names, map(int, values), strict=True))
+    return count["OutEchos"], count["InEchoReps"]
+
+
 async def test_pings_survive_every_move(mesh: list[PeerProcess]) -> None:
+    """Every reply reaches the guest that asked, once and in order.
+
+    Its kernel counts them, since `ping` itself loses some: its socket has room for seven replies, and those
+    held during a freeze come all at once.
+    """
     tokyo, virginia = mesh
     await eventually(lambda: pings(tokyo, "a", "b"))
-    await sh(tokyo, "a", "ping -i 0.01 -W 5 b > /root/pings 2>&1 </dev/null & echo $! > /root/pid")
+    before = await echoes(tokyo, "a")
+    await sh(tokyo, "a", "ping -i 0.01 b > /root/pings 2>&1 </dev/null & echo $! > /root/pid")
     for target in (tokyo, virginia, tokyo):
         record: dict[str, Any] = await virginia.call("vm.migrate", {"vm": "pair/b", "to": target.name})
         assert record["ok"], record
         assert record["frames_lost"] == 0
         await trio.sleep(0.3)
-    await sh(tokyo, "a", "kill -INT $(cat /root/pid); sleep 0.2")
-    said = await sh(tokyo, "a", "tail -n 3 /root/pings")
-    found = re.search(r"(\d+) packets transmitted, (\d+) (?:packets )?received", said)
-    assert found, said
-    assert int(found[1]) - int(found[2]) <= 1, said  # one may be on its way when ping is stopped
+    await sh(tokyo, "a", "kill -INT $(cat /root/pid)")
+    for _ in range(REPLY_PATIENCE):  # the last reply may be on its way
+        asked, answered = (now - then for now, then in zip(await echoes(tokyo, "a"), before, strict=True))
+        if answered >= asked:
+            break
+        await trio.sleep(0.1)
+    assert answered == asked
     numbers = [int(n) for n in re.findall(r"seq=(\d+)", await sh(tokyo, "a", "cat /root/pings"))]
-    assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), "in order, none twice"
+    assert len(numbers) > asked / 2
+    assert numbers == sorted(set(numbers)), "in order, none twice"
 
 
 async def test_a_killed_switch_comes_back_with_its_guests(mesh: list[PeerProcess]) -> None:
