@@ -100,7 +100,7 @@ class Migrations:
 
     @operation("vm.migrate", role="operator", args=api.VmMigrate, route="guest", timeout=None)
     async def migrate(self, request: Request, args: api.VmMigrate) -> dict[str, Any]:
-        """Move a running guest live; items are progress, the result is the record of `contracts`.
+        """Move a running guest live; items are progress, the result is the record (`proto/README.md`).
 
         The migration goes on if the caller does not wait for it.
         """

@@ -426,7 +426,7 @@ class Outgoing(Shell):
     # The record.
 
     def record(self) -> dict[str, Any]:
-        """As `vm migrate --json` (contracts); what was not measured is None."""
+        """As `vm migrate --json` prints it; what was not measured is None."""
         state, m, measured = self.around.catalog.state, self.migration, self.measured
         done = self.over is not None and self.over.outcome == "done"
         sent = sum(p["sent_bytes"] for p in measured.passes)

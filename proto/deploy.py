@@ -114,7 +114,7 @@ def _hosts(guest: entries.Guest, state: State) -> dict[str, list[str]]:
 
 
 def row(guest: entries.Guest, state: State, now: float) -> dict[str, Any]:
-    """A guest as in `vm ls` (contracts). `now` is the time of day, as the catalog's."""
+    """A guest as in `vm ls`. `now` is the time of day, as the catalog's."""
     alive = guest.state in ("running", "paused", "migrating", "frozen")
     return {
         "vm": guest.name,
