@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making a machine ready, example labs, and the demo."""
