@@ -9,6 +9,7 @@ its owner may enter. The directory carries a format version, so that a future ve
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -209,7 +210,25 @@ class DirectoryLock:
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace a file as a whole: whoever looks, also after a crash, sees the old content or the new."""
+    """Replace a file as a whole: whoever looks, also after a crash, sees the old content or the new.
+
+    Raises `OperationError`, `no-room` when the disk is full; the old content is there then.
+    """
+    try:
+        _replace(path, data, mode)
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> OperationError:
+    """What to tell a person of a file that cannot be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    reason = (error.strerror or str(error)).lower()
+    mend = "make room on the disk" if full else "mend its permissions or its disk"
+    return OperationError("no-room" if full else "failed", f"{path} cannot be written: {reason}", mend)
+
+
+def _replace(path: Path, data: bytes, mode: int) -> None:
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as file:

@@ -24,7 +24,7 @@ import structlog
 import trio
 
 from mobid.agent import Agent
-from mobid.config import write_durably
+from mobid.config import unwritable, write_durably
 from mobid.guest_disk import Disk, DiskPlan
 from mobid.guest_record import Record
 from mobid.helpers import Helper, HelperError, Helpers
@@ -119,9 +119,12 @@ class LocalGuest:
         return self.directory / "console.log"
 
     def save(self, **changes: Any) -> None:
-        """Change the record, durably."""
+        """Change the record, durably. Raises `OperationError`, as when the disk is full."""
         self.record = replace(self.record, **changes)
-        self.directory.mkdir(mode=0o700, exist_ok=True)
+        try:
+            self.directory.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.directory, error) from None
         write_durably(self.directory / "guest.json", self.record.dump())
 
     def remove_files(self) -> None:

@@ -245,7 +245,11 @@ class Keeper:
     async def _put_away(self, local: LocalGuest) -> None:
         """Take away what a guest that has ended leaves: its shim, disk processes, ports. Its files stay."""
         await local.end(force=False)
-        local.save(stage="made", started=0.0)
+        try:
+            local.save(stage="made", started=0.0)
+        except OperationError as error:
+            # The next process sees that its processes are gone, also without this.
+            logger.warning("guest's record cannot be saved", guest=local.record.key, error=error.message)
         await local.remove_ports()
         local.phase = "absent"
 

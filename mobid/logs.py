@@ -21,6 +21,8 @@ def configure(path: Path) -> None:
     """Send all log lines of this process to `path`."""
     handler = logging.handlers.RotatingFileHandler(path, maxBytes=LIMIT, backupCount=KEPT, delay=True)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    # A line that cannot be written, as on a full disk, is lost; the program it speaks of goes on.
+    logging.raiseExceptions = False
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)

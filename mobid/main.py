@@ -11,6 +11,7 @@ SIGTERM and SIGINT end the peer in order and leave its guests running; `mobictl 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ import structlog
 import trio
 
 from mobid import doctor, logs, peer, wan
-from mobid.config import DEFAULT_PORT, Config, parse_listen, prepare, state_directory
+from mobid.config import DEFAULT_PORT, Config, parse_listen, prepare, state_directory, unwritable
 from mobid.identity import load_or_create
 from mobid.peer import Outcome
 from mobid.tasks import background
@@ -158,6 +159,8 @@ def _explained(error: BaseException, config: Config) -> OperationError:
         first = first.exceptions[0]
     if isinstance(first, OperationError):
         return first
+    if isinstance(first, OSError) and first.errno in (errno.ENOSPC, errno.EDQUOT):
+        return unwritable(Path(first.filename) if first.filename else config.directory, first)
     log.error("peer.failed", exc_info=error)
     return OperationError(
         "internal",

@@ -426,3 +426,26 @@ async def test_a_full_disk_stops_the_guest_until_there_is_room(tmp_path: Path, p
         assert results == [(0, b"done\n", b"")]
     finally:
         await small.stop()
+
+
+async def test_a_guest_without_room_for_a_file_is_refused_at_once(tmp_path: Path, peer: PeerProcess) -> None:
+    """The guests' directory is a file system that is full to the last byte."""
+    first = PeerProcess(tmp_path / "peer", environment=peer.environment)
+    await first.start()
+    await first.stop()
+    guests = tmp_path / "peer" / "guests"
+    mount = f'mount -t tmpfs -o nr_blocks=1 tmpfs {guests} && echo x >{guests}/ballast && exec "$@"'
+    full = PeerProcess(
+        tmp_path / "peer", environment=peer.environment, prefix=["unshare", "-rm", "sh", "-c", mount, "sh"]
+    )
+    try:
+        await full.start()
+    except AssertionError:
+        pytest.skip("this host does not let a user mount a tmpfs in a namespace of its own")
+    try:
+        with trio.fail_after(30), pytest.raises(OperationError, match="has 0 MiB left") as caught:
+            await run(full)
+        assert "make room there" in caught.value.message
+        assert await full.call("vm.ls") == []
+    finally:
+        await full.stop()

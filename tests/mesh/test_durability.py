@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import random
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,6 +183,26 @@ async def test_a_full_disk_is_named_and_the_peer_goes_on_once_there_is_room(mesh
     assert len(kept.records) == (await tokyo.ask("status"))["commit_index"]
     assert kept.end == (inside / "catalog.log").stat().st_size
     assert await tokyo.end() == 0
+
+
+def test_a_peer_on_a_full_disk_says_so(tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+        pytest.skip("user namespaces are not allowed here")
+    directory = tmp_path / "tokyo"
+    directory.mkdir()
+    command = f'{shlex.quote(sys.executable)} -m mobid run --listen 127.0.0.1:0 --dir "$1"'
+    for blocks in (1, 2):
+        small = f'mount -t tmpfs -o nr_blocks={blocks} small "$1" && exec {command}'
+        done = subprocess.run(
+            ["unshare", "-Urm", "sh", "-c", small, "sh", str(directory)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert "no space left on device" in done.stderr.lower()
+        assert "mistake" not in done.stderr
 
 
 async def fill(peer: PeerProcess) -> int:
