@@ -243,7 +243,10 @@ def test_a_lease_expires_with_nobody_connected(start: Start) -> None:
     running(shim)
     shim.call("lease", deadline_ns=boottime_ns() + 100_000_000)
     shim.close()
-    time.sleep(0.5)
+    deadline = time.monotonic() + 20
+    while "the guest is frozen" not in shim.log:
+        assert time.monotonic() < deadline, "the lease expired and the guest was not frozen"
+        time.sleep(0.01)
     with HelperClient(shim.control) as controller:
         status = controller.status()
     assert (status["state"], status["expired"]) == ("frozen", True)
