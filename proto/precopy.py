@@ -9,8 +9,8 @@ it is time to switch, though never before the second pass: the first sends every
 the rate.
 
 If the guest changes things faster than they can be sent, passes do not shrink. Then the policy decides: take
-the downtime as it is, give up, or slow the guest down. See Clark et al., *Live Migration of Virtual
-Machines*, NSDI 2005, section 3.2, on the writable working set.
+the downtime as it is, or give up. See Clark et al., *Live Migration of Virtual Machines*, NSDI 2005,
+section 3.2, on the writable working set.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STALLED_PASSES = 3
 SHRINKING = 0.9
 """A pass counts as progress if its residue is below this share of the least residue before."""
 
-Stall = Literal["accept", "abort", "throttle"]
+Stall = Literal["accept", "abort"]
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,7 @@ class GiveUp:
     reason: str
 
 
-@dataclass(frozen=True)
-class Throttle:
-    """Give the guest only this share of its processor, and make another pass."""
-
-    share: float
-    forecast: Forecast
-
-
-Decision = Again | SwitchOver | GiveUp | Throttle
+Decision = Again | SwitchOver | GiveUp
 
 
 class Precopy:
@@ -102,7 +94,6 @@ class Precopy:
         self.passes: list[Pass] = []
         self._least_residue: float | None = None
         self._stalled = 0
-        self._share = 1.0
 
     def decide(self, done: Pass, now: float) -> Decision:
         """What to do after this pass."""
@@ -118,8 +109,6 @@ class Precopy:
         if len(self.passes) >= MOST_PASSES:
             return self._end(forecast, f"{len(self.passes)} passes were not enough")
         if self._stalled >= STALLED_PASSES:
-            if self.policy.on_stall == "throttle" and self._share > 0.1:
-                return self._throttle(forecast)
             return self._end(forecast, "the guest changes its memory faster than it can be sent")
         return Again(forecast)
 
@@ -141,12 +130,6 @@ class Precopy:
             self._least_residue = forecast.residue
         else:
             self._stalled += 1
-
-    def _throttle(self, forecast: Forecast) -> Throttle:
-        self._share /= 2
-        self._stalled = 0
-        self._least_residue = None
-        return Throttle(self._share, forecast)
 
     def _end(self, forecast: Forecast, reason: str) -> Decision:
         if self.policy.on_stall == "abort":

@@ -17,7 +17,6 @@ from proto.precopy import (
     Precopy,
     Stall,
     SwitchOver,
-    Throttle,
 )
 
 
@@ -32,10 +31,8 @@ def play(rules: Policy, memory: float, dirty_rate: float, speed: float) -> tuple
         duration = 0.001 + todo / speed
         now += duration
         decision = precopy.decide(Pass(int(todo), int(todo), duration), now)
-        if not isinstance(decision, Again | Throttle):
+        if not isinstance(decision, Again):
             return decision, len(precopy.passes), now
-        if isinstance(decision, Throttle):
-            dirty_rate *= 0.5
         todo = min(memory, dirty_rate * duration)
 
 
@@ -61,9 +58,6 @@ def test_what_cannot_converge_follows_the_policy() -> None:
     given_up, _, _ = play(policy("abort"), 512e6, 2e8, 1e8)
     assert isinstance(given_up, GiveUp)
     assert "faster than it can be sent" in given_up.reason
-    throttled, _, _ = play(policy("throttle"), 512e6, 2e8, 1e8)
-    assert isinstance(throttled, SwitchOver)
-    assert not throttled.stalled
 
 
 def test_the_deadline_ends_it() -> None:
@@ -87,7 +81,7 @@ def test_a_ceiling_counts_as_bandwidth() -> None:
     st.floats(1e6, 1e10),
     st.floats(0, 1e10),
     st.floats(1e5, 1e10),
-    st.sampled_from(["accept", "abort", "throttle"]),
+    st.sampled_from(["accept", "abort"]),
 )
 def test_it_always_ends(memory: float, dirty_rate: float, speed: float, on_stall: Stall) -> None:
     _, passes, _ = play(policy(on_stall), memory, dirty_rate, speed)
