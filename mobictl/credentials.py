@@ -10,10 +10,8 @@ All of it is in `${XDG_CONFIG_HOME:-~/.config}/mobitopolo`: `identity.pem` (priv
 from __future__ import annotations
 
 import json
-import os
 import ssl
 import stat
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from mobictl.files import replace_file
 from mobictl.places import config_directory
 from proto.api import OperationError
 from proto.identity import to_pem
@@ -106,12 +105,7 @@ class Credentials:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Replace a private file as a whole."""
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-        os.rename(temporary, path)
+        replace_file(path, data)
     except OSError as error:
         raise OperationError("failed", f"{path} cannot be written: {error.strerror}") from None

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import platformdirs
 
+from mobictl.files import replace_file
 from proto.api import OperationError
 
 FORMAT = 1
@@ -121,9 +122,7 @@ class Manifest:
         """Write it, as a whole."""
         peers = [{**asdict(p), "directory": os.path.relpath(p.directory, self.directory)} for p in self.peers]
         text = json.dumps({"format": FORMAT, "peers": peers, "wan": self.wan}, indent=1)
-        temporary = self.path.with_suffix(".new")
-        temporary.write_text(text + "\n")
-        temporary.replace(self.path)
+        replace_file(self.path, f"{text}\n".encode())
 
 
 def load_manifest(directory: Path) -> Manifest:
