@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import trio
 import typer
 from rich.console import RenderableType
 from rich.text import Text
 
 from mobictl import options, tables
+from mobictl.client import Client
 from mobictl.command import Exit, command
 from mobictl.commands.vm import app
 from mobictl.options import VmArgument, build
@@ -17,7 +19,10 @@ from mobictl.progress import Reporter, reporting
 from mobictl.session import Session
 from mobictl.tables import Column
 from proto import api
+from proto.api import OperationError
 from proto.units import format_rate, format_size, format_time
+
+BEGIN_TIMEOUT = 30.0
 
 PASSES = (
     Column("PASS", "number", right=True),
@@ -51,6 +56,9 @@ def migrate(
             help="When the guest writes faster than the line carries: take a longer pause, or not move.",
         ),
     ] = "accept",
+    background: Annotated[
+        bool, typer.Option("--background", help="Return once the move has begun; it goes on.")
+    ] = False,
 ) -> None:
     """Move a running guest to another peer."""
     args = build(
@@ -64,6 +72,11 @@ def migrate(
         mode=mode,
         on_stall=on_stall,
     )
+    if background:
+        session.run(lambda client: _begin(client, args))
+        words = f"{vm}: moving to {to}; mobictl vm ls shows where it is"
+        session.show({"vm": vm, "to": to, "background": True}, words)
+        return
     with reporting(session, f"{vm} → {to}") as report:
         record = session.call(
             "vm.migrate", args, timeout=deadline + 120, on_item=lambda item: progress(report, item)
@@ -71,6 +84,19 @@ def migrate(
     session.show(record, *summary(record))
     if not record.get("ok"):
         raise Exit(1)
+
+
+async def _begin(client: Client, args: api.VmMigrate) -> None:
+    """Ask for the move and leave at its first word: from then on the peer carries it out by itself."""
+    with trio.move_on_after(BEGIN_TIMEOUT):
+        async with client.request("vm.migrate", args) as request:
+            async for _ in request:
+                return
+            await request.result()
+            return
+    raise OperationError(
+        "timeout", f"the move of {args.vm} did not begin within {BEGIN_TIMEOUT:g} s", "see: mobictl peer ls"
+    )
 
 
 @command(app, "adopt")

@@ -155,6 +155,18 @@ def test_migrate_tells_the_passes_and_the_record(cli: Cli) -> None:
     assert cli.error("vm", "migrate", "one", "--to", "peer3")["code"] == "not-found"
 
 
+def test_migrate_in_the_background_returns_at_once_and_goes_on(cli: Cli) -> None:
+    (row,) = [row for row in cli.json("vm", "ls") if row["vm"] == "one"]
+    to = "peer1" if row["peer"] == "peer2" else "peer2"
+    assert "is at" in cli.error("vm", "migrate", "one", "--to", row["peer"], "--background")["message"]
+    begun = cli.json("vm", "migrate", "one", "--to", to, "--background", "--bandwidth", "4MB/s")
+    assert begun == {"vm": "one", "to": to, "background": True}
+    deadline = time.monotonic() + 60
+    while (now := cli.json("vm", "show", "one"))["peer"] != to or now["state"] != "running":
+        assert time.monotonic() < deadline, now
+    assert now["epoch"] == row["epoch"] + 1
+
+
 def test_a_lab_from_its_file_to_its_end(cli: Cli, tmp_path: Path) -> None:
     file = str(ROOT / "deploy/examples/two-guests.yaml")
     plan = cli.json("lab", "plan", file)
