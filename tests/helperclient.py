@@ -20,6 +20,8 @@ from typing import Any, Self
 
 import msgpack
 
+from tests.waiting import PATIENCE
+
 MESSAGE_MAX = 65536
 FDS_MAX = 8
 
@@ -36,7 +38,7 @@ class HelperFailure(Exception):
 class HelperClient:
     """One connection to a control socket; events that come before an awaited reply are kept in `events`."""
 
-    def __init__(self, path: Path | str, timeout: float = 10.0) -> None:
+    def __init__(self, path: Path | str, timeout: float = PATIENCE) -> None:
         self.timeout = timeout
         self.events: list[dict[str, Any]] = []
         self.last_id = 0
@@ -118,7 +120,7 @@ class HelperProcess(HelperClient):
         role: str,
         *arguments: str | Path,
         control: Path,
-        timeout: float = 10.0,
+        timeout: float = PATIENCE,
         pass_fds: Sequence[int] = (),
     ) -> None:
         self.control = control

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tests.helperclient import HelperProcess
 from tests.vhost import DESC_WRITE, F_PROTOCOL_FEATURES, F_VERSION_1, GUEST_BASE, FrontEnd
+from tests.waiting import PATIENCE, wait_for
 
 HEADER = 12
 SLOT = 2048
@@ -182,24 +183,18 @@ class SwitchProcess(HelperProcess):
     def peer_counters(self, peer: int) -> dict[str, Any]:
         return next(p for p in self.counters()["peers"] if p["peer"] == peer)
 
-    def wait_port(self, port: int, accept: Callable[[dict[str, Any]], bool], timeout: float = 10.0) -> None:
+    def wait_port(
+        self, port: int, accept: Callable[[dict[str, Any]], bool], timeout: float = PATIENCE
+    ) -> None:
         wait_for(lambda: accept(self.port_counters(port)), timeout, lambda: self.port_counters(port))
 
-    def wait_peer(self, peer: int, accept: Callable[[dict[str, Any]], bool], timeout: float = 10.0) -> None:
+    def wait_peer(
+        self, peer: int, accept: Callable[[dict[str, Any]], bool], timeout: float = PATIENCE
+    ) -> None:
         wait_for(lambda: accept(self.peer_counters(peer)), timeout, lambda: self.peer_counters(peer))
 
 
 MakeSwitch = Callable[..., SwitchProcess]
-
-
-def wait_for(
-    condition: Callable[[], bool], timeout: float = 10.0, state: Callable[[], Any] = lambda: ""
-) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"did not come true in {timeout} s: {state()}")
-        time.sleep(0.005)
 
 
 def rekey(receiver: SwitchProcess, sender: SwitchProcess, mtu: int = 1500, port: int | None = None) -> bytes:

@@ -15,6 +15,7 @@ import pytest
 
 from tests.helperclient import HelperClient, HelperFailure, HelperProcess
 from tests.shim import Console, Shim, copy_memory
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]
 
@@ -41,10 +42,7 @@ def running(shim: Shim) -> Console:
     """The console of a guest whose program is ready."""
     console = shim.attach()
     shim.wait_state("running")
-    deadline = time.monotonic() + 20
-    while "ready" not in shim.console_log.read_text():
-        assert time.monotonic() < deadline, "the guest's program does not start"
-        time.sleep(0.01)
+    wait_for(lambda: "ready" in shim.console_log.read_text())
     return console
 
 
@@ -57,11 +55,8 @@ def count(console: Console) -> int:
 
 
 def wait_progress(console: Console, past: int) -> int:
-    deadline = time.monotonic() + 20
-    while (now := count(console)) <= past:
-        assert time.monotonic() < deadline, "the guest does not go on"
-        time.sleep(0.01)
-    return now
+    wait_for(lambda: count(console) > past)
+    return count(console)
 
 
 def boottime_ns() -> int:
@@ -243,10 +238,7 @@ def test_a_lease_expires_with_nobody_connected(start: Start) -> None:
     running(shim)
     shim.call("lease", deadline_ns=boottime_ns() + 100_000_000)
     shim.close()
-    deadline = time.monotonic() + 20
-    while "the guest is frozen" not in shim.log:
-        assert time.monotonic() < deadline, "the lease expired and the guest was not frozen"
-        time.sleep(0.01)
+    wait_for(lambda: "the guest is frozen" in shim.log)
     with HelperClient(shim.control) as controller:
         status = controller.status()
     assert (status["state"], status["expired"]) == ("frozen", True)

@@ -7,13 +7,13 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cli import ROOT, Cli, clean, home
+from tests.waiting import wait_for
 
 WAN = str(ROOT / "deploy/examples/wan.yaml")
 
@@ -28,14 +28,6 @@ def cli(helper_binary: Path) -> Iterator[Cli]:
     made = Cli(home(), {"MOBI_HELPER": str(helper_binary)})
     yield made
     clean(made)
-
-
-def wait_for(what: object, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    assert callable(what)
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def test_peers_of_a_wan_feel_its_paths_and_their_cuts(cli: Cli) -> None:

@@ -28,8 +28,8 @@ from tests.switch_rig import (
     mesh,
     number_of,
     numbered,
-    wait_for,
 )
+from tests.waiting import wait_for
 
 GUEST = mac(99)
 PORT = 9

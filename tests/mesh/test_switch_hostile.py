@@ -31,8 +31,8 @@ from tests.switch_rig import (
     mac,
     number_of,
     numbered,
-    wait_for,
 )
+from tests.waiting import wait_for
 
 A, X = mac(1), mac(900)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.switch_rig import MakeSwitch, NetDriver, SwitchProcess, mac, number_of, numbered, wait_for
+from tests.switch_rig import MakeSwitch, NetDriver, SwitchProcess, mac, number_of, numbered
+from tests.waiting import wait_for
 
 A, B = mac(1), mac(2)
 

@@ -15,6 +15,7 @@ import pytest
 
 from tests.helperclient import HelperClient, HelperFailure
 from tests.shim import Shim
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def shim(helper_binary: Path, standin_kernel: Path, socket_dir: Path) -> Iterato
 
 def refused(shim: HelperClient, data: bytes) -> str:
     shim.send_raw(data)
-    reply, fds = shim.receive(time.monotonic() + 10)
+    reply, fds = shim.receive(time.monotonic() + PATIENCE)
     assert not fds
     assert reply["ok"] is False
     assert isinstance(reply["message"], str)
@@ -99,7 +100,7 @@ def test_descriptors_nobody_takes_are_closed(shim: Shim) -> None:
     for _ in range(20):
         shim.call("hello", fds=[reading] * 8)
     shim.send("hello", fds=[reading] * 9)
-    reply, _ = shim.receive(time.monotonic() + 10)
+    reply, _ = shim.receive(time.monotonic() + PATIENCE)
     assert reply["error"] == "bad-request"
     shim.call("hello")
     assert open_fds(shim) == before
@@ -134,7 +135,7 @@ def test_a_controller_that_does_not_read_is_dropped(shim: Shim) -> None:
 def refused_control(binary: Path, control: Path) -> str:
     """What a helper says that cannot have this control socket."""
     command = [str(binary), "guest", "--control", str(control), "--kernel", "/x", "--memory", "64M"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.returncode == 1
     return ended.stderr
 
@@ -149,7 +150,7 @@ def test_a_stale_socket_is_replaced_and_a_living_one_is_not(
     assert control.is_socket(), "a killed helper leaves its socket"
     with Shim(helper_binary, standin_kernel, control) as third:
         third.call("quit")
-        assert third.process.wait(10) == 0
+        assert third.process.wait(PATIENCE) == 0
     assert not control.exists()
 
 
@@ -181,7 +182,7 @@ def test_a_file_that_is_no_socket_is_not_replaced(helper_binary: Path, socket_di
 )
 def test_a_wrong_command_line_is_one_line(helper_binary: Path, arguments: list[str], words: str) -> None:
     ended = subprocess.run(
-        [str(helper_binary), "guest", *arguments], capture_output=True, text=True, timeout=20
+        [str(helper_binary), "guest", *arguments], capture_output=True, text=True, timeout=PATIENCE
     )
     assert ended.returncode == 2
     assert words in ended.stderr
@@ -191,7 +192,9 @@ def test_a_wrong_command_line_is_one_line(helper_binary: Path, arguments: list[s
 
 def test_help_and_version(helper_binary: Path) -> None:
     for arguments in (["--help"], ["guest", "--help"], ["--version"], ["guest", "--version"]):
-        ended = subprocess.run([str(helper_binary), *arguments], capture_output=True, text=True, timeout=20)
+        ended = subprocess.run(
+            [str(helper_binary), *arguments], capture_output=True, text=True, timeout=PATIENCE
+        )
         assert ended.returncode == 0
         assert ended.stdout
         assert ended.stderr == ""

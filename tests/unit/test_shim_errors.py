@@ -15,6 +15,7 @@ import pytest
 
 from tests.helperclient import HelperClient, HelperFailure
 from tests.shim import Shim
+from tests.waiting import wait_for
 
 Start = Callable[..., Shim]
 
@@ -37,10 +38,7 @@ def boottime_ns() -> int:
 
 def wait_stopped(pid: int) -> None:
     """Until the process obeys its SIGSTOP."""
-    give_up = time.monotonic() + 10
-    while Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
-        assert time.monotonic() < give_up, "the process is not stopped"
-        time.sleep(0.005)
+    wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T")
 
 
 def test_a_freeze_that_takes_too_long_is_undone(start: Start) -> None:
