@@ -62,32 +62,44 @@ class Launch:
 
 
 def run_up(directory: Path, plan: Plan, report: Reporter) -> Manifest:
-    """Start the peers and wait until all answer as one mesh; leaves nothing behind when it fails."""
+    """Start the peers that do not run and wait until all answer as one mesh.
+
+    When that fails, what it started is ended; peers that ran before go on.
+    """
     before = load_manifest(directory)
-    running = before.running()
-    if running:
-        names = ", ".join(peer.name for peer in running)
-        text = f"{len(running)} peer{'s are' if len(running) > 1 else ' is'} running in {directory}: {names}"
-        raise OperationError("exists", text, "mobictl down ends them; --dir starts others beside them")
+    running = {peer.name for peer in before.running()}
+    if running.issuperset(plan.names):
+        text = f"{len(running)} peer{'s are' if len(running) > 1 else ' is'} running in {directory}"
+        hint = "mobictl down ends them; --dir starts others beside them"
+        raise OperationError("exists", f"{text}: {', '.join(sorted(running))}", hint)
     manifest = _manifest(directory, before, plan)
     launch = Launch(manifest, plan)
     try:
-        takedown.end_nest(manifest)
+        if not running:
+            takedown.end_nest(manifest)
         manifest.save()
-        if plan.wan is not None:
+        if plan.wan is not None and not running:
             _start_nest(launch, report)
         for peer in manifest.peers:
-            _start_peer(launch, peer)
+            if peer.name not in running:
+                _start_peer(launch, peer)
         _wait_for_all(launch, report)
         _join_all(launch, report)
     except BaseException:
         with uninterrupted():
-            takedown.take_down(manifest)
-            _end_children(launch)
-            if not before.peers:
-                manifest.path.unlink(missing_ok=True)
+            _undo(launch, before, bool(running))
         raise
     return manifest
+
+
+def _undo(launch: Launch, before: Manifest, some_ran: bool) -> None:
+    if not some_ran:
+        takedown.take_down(launch.manifest)
+    _end_children(launch)
+    if some_ran:
+        before.save()
+    elif not before.peers:
+        launch.manifest.path.unlink(missing_ok=True)
 
 
 def _end_children(launch: Launch) -> None:

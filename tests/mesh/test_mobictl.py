@@ -200,6 +200,20 @@ def test_kill_9_then_down_then_up_again(cli: Cli) -> None:
     assert cli.json("down")["ended"] == []
 
 
+def test_up_brings_a_killed_peer_back_and_leaves_the_others(cli: Cli) -> None:
+    before = {peer["name"]: peer for peer in cli.json("up", "--peers", "2")["peers"]}
+    os.kill(before["peer2"]["pid"], signal.SIGKILL)
+    after = {peer["name"]: peer for peer in cli.json("up")["peers"]}
+    assert after["peer1"] == before["peer1"]
+    assert after["peer2"]["pid"] not in (0, before["peer2"]["pid"])
+    assert [row["state"] for row in cli.json("peer", "ls")] == ["alive", "alive"]
+    os.kill(after["peer2"]["pid"], signal.SIGKILL)
+    (cli.dir / "peer2" / "format").write_text("99\n")
+    assert "peer2 ended while starting" in cli.error("up")["message"]
+    assert cli.json("status")["name"] == "peer1", "who ran goes on"
+    assert cli.json("down")["ended"] == ["peer1"]
+
+
 def test_the_token_of_up_is_written_nowhere(cli: Cli) -> None:
     cli("up", "--peers", "2")
     arguments = "".join(cli.processes())
