@@ -41,6 +41,9 @@ def ask() -> dict[str, Any]:
         document = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         raise OperationError("timeout", f"mobid doctor took more than {TIMEOUT:g} s") from None
+    except OSError as error:
+        text = f"mobid doctor cannot be run: {error.filename}: {(error.strerror or '').lower()}"
+        raise OperationError("failed", text, "make setup, and let this user read what it made") from None
     except ValueError:
         said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
         raise OperationError("failed", f"mobid doctor cannot be run: {said[0]}", "make setup") from None

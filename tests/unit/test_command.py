@@ -131,6 +131,13 @@ def test_mobid_without_a_home_says_what_to_set(
         assert "no home directory" in capsys.readouterr().err
 
 
+def test_a_doctor_that_cannot_be_run_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/nonexistent/python")
+    code, out, errors = run("doctor")
+    assert (code, out) == (1, "")
+    assert "/nonexistent/python: no such file or directory" in errors
+
+
 def _nobody(uid: int) -> None:
     raise KeyError(uid)
 
