@@ -71,52 +71,13 @@ static int mark_written(struct overlay *overlay, uint64_t first, uint64_t last)
 	return 0;
 }
 
-/* Reads all of [offset, offset + length) of a file; zeros after its end. */
-static int read_file(int fd, const struct iovec *iov, unsigned count, uint64_t offset, size_t length)
-{
-	struct iovec piece[VIRTQUEUE_MAX_IOV];
-
-	for (size_t done = 0; done < length;) {
-		unsigned pieces = iov_slice(iov, count, done, length - done, piece);
-		ssize_t n = preadv(fd, piece, (int)pieces, (off_t)(offset + done));
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n < 0)
-			return -errno;
-		if (n == 0) {
-			iov_fill(iov, count, done, length - done);
-			return 0;
-		}
-		done += (size_t)n;
-	}
-	return 0;
-}
-
-static int write_file(int fd, const struct iovec *iov, unsigned count, uint64_t offset, size_t length)
-{
-	struct iovec piece[VIRTQUEUE_MAX_IOV];
-
-	for (size_t done = 0; done < length;) {
-		unsigned pieces = iov_slice(iov, count, done, length - done, piece);
-		ssize_t n = pwritev(fd, piece, (int)pieces, (off_t)(offset + done));
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return n < 0 ? -errno : -EIO;
-		done += (size_t)n;
-	}
-	return 0;
-}
-
 static int read_base(struct overlay *overlay, const struct iovec *iov, unsigned count, uint64_t offset, size_t length)
 {
 	if (overlay->base < 0 || offset >= overlay->base_size) {
 		iov_fill(iov, count, 0, length);
 		return 0;
 	}
-	return read_file(overlay->base, iov, count, offset, length);
+	return file_read(overlay->base, iov, count, offset, length);
 }
 
 int overlay_read(struct overlay *overlay, const struct iovec *iov, unsigned count, uint64_t offset, uint64_t length)
@@ -136,7 +97,7 @@ int overlay_read(struct overlay *overlay, const struct iovec *iov, unsigned coun
 		if (end > offset + length)
 			end = offset + length;
 		pieces = iov_slice(iov, count, done, end - at, run);
-		failure = ours ? read_file(overlay->file, run, pieces, overlay->data_offset + at, end - at)
+		failure = ours ? file_read(overlay->file, run, pieces, overlay->data_offset + at, end - at)
 			       : read_base(overlay, run, pieces, at, end - at);
 		if (failure)
 			return failure;
@@ -157,7 +118,7 @@ static int copy_up(struct overlay *overlay, uint64_t block)
 	failure = read_base(overlay, &iov, 1, block * BLOCK_SIZE, BLOCK_SIZE);
 	if (failure)
 		return failure;
-	return write_file(overlay->file, &iov, 1, overlay->data_offset + block * BLOCK_SIZE, BLOCK_SIZE);
+	return file_write(overlay->file, &iov, 1, overlay->data_offset + block * BLOCK_SIZE, BLOCK_SIZE);
 }
 
 int overlay_write(struct overlay *overlay, const struct iovec *iov, unsigned count, uint64_t offset, uint64_t length)
@@ -174,7 +135,7 @@ int overlay_write(struct overlay *overlay, const struct iovec *iov, unsigned cou
 	if (!failure && first != last && end % BLOCK_SIZE)
 		failure = copy_up(overlay, last);
 	if (!failure)
-		failure = write_file(overlay->file, iov, count, overlay->data_offset + offset, length);
+		failure = file_write(overlay->file, iov, count, overlay->data_offset + offset, length);
 	return failure ? failure : mark_written(overlay, first, last);
 }
 

@@ -2,6 +2,8 @@
 /* The overlay's file: header, lock, the two maps on disk; overlay.h says what they are for. */
 #include "overlay_file.h"
 
+#include "virtqueue.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
@@ -58,10 +60,34 @@ static uint64_t now_offset(const struct overlay *overlay)
 	return BLOCK_SIZE + map_bytes(overlay);
 }
 
-static int write_at(int fd, const void *data, size_t size, uint64_t offset)
+int file_read(int fd, const struct iovec *iov, unsigned count, uint64_t offset, size_t length)
 {
-	for (size_t done = 0; done < size;) {
-		ssize_t n = pwrite(fd, (const uint8_t *)data + done, size - done, (off_t)(offset + done));
+	struct iovec piece[VIRTQUEUE_MAX_IOV];
+
+	for (size_t done = 0; done < length;) {
+		unsigned pieces = iov_slice(iov, count, done, length - done, piece);
+		ssize_t n = preadv(fd, piece, (int)pieces, (off_t)(offset + done));
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			return -errno;
+		if (n == 0) {
+			iov_fill(iov, count, done, length - done);
+			return 0;
+		}
+		done += (size_t)n;
+	}
+	return 0;
+}
+
+int file_write(int fd, const struct iovec *iov, unsigned count, uint64_t offset, size_t length)
+{
+	struct iovec piece[VIRTQUEUE_MAX_IOV];
+
+	for (size_t done = 0; done < length;) {
+		unsigned pieces = iov_slice(iov, count, done, length - done, piece);
+		ssize_t n = pwritev(fd, piece, (int)pieces, (off_t)(offset + done));
 
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -72,22 +98,18 @@ static int write_at(int fd, const void *data, size_t size, uint64_t offset)
 	return 0;
 }
 
-/* What the file does not have is zeros. */
+static int write_at(int fd, const void *data, size_t size, uint64_t offset)
+{
+	const struct iovec part = {(void *)data, size};
+
+	return file_write(fd, &part, 1, offset, size);
+}
+
 static int read_at(int fd, void *data, size_t size, uint64_t offset)
 {
-	memset(data, 0, size);
-	for (size_t done = 0; done < size;) {
-		ssize_t n = pread(fd, (uint8_t *)data + done, size - done, (off_t)(offset + done));
+	const struct iovec part = {data, size};
 
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n < 0)
-			return -errno;
-		if (n == 0)
-			break;
-		done += (size_t)n;
-	}
-	return 0;
+	return file_read(fd, &part, 1, offset, size);
 }
 
 int overlay_file_note(struct overlay *overlay, uint64_t first, uint64_t last)
