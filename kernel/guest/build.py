@@ -50,6 +50,7 @@ PROGRAMS = {
 }
 PLACES = {"mobi-init": "sbin", "mobi-agent": "sbin", "mobi-witness": "usr/bin"}
 STEP_TIMEOUT = 1200
+KEPT_VERSIONS = 3  # of every image, beside the newest
 # mke2fs and others are in the folders that Debian leaves out of an ordinary user's path.
 SEARCH_PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 
@@ -332,12 +333,18 @@ def build(name: str) -> None:
 
 
 def replace_directory(fresh: Path, directory: Path) -> None:
-    """Guests that run keep the old file open; whoever looks next finds the new one."""
-    old = directory.with_name(f".{directory.name}.old.{os.getpid()}")
-    if directory.exists():
-        os.rename(directory, old)
+    """Put a finished image in its place; the one it replaces is kept as NAME@HASH for guests made from it."""
+    present = described(directory.name)
+    if present:
+        kept = directory.with_name(f"{directory.name}@{str(present['root_sha256'])[:16]}")
+        shutil.rmtree(kept, ignore_errors=True)
+        os.rename(directory, kept)
+        os.utime(kept)
+    shutil.rmtree(directory, ignore_errors=True)
     os.rename(fresh, directory)
-    shutil.rmtree(old, ignore_errors=True)
+    older = sorted(directory.parent.glob(f"{directory.name}@*"), key=lambda path: path.stat().st_mtime)
+    for path in older[:-KEPT_VERSIONS]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def main() -> int:
