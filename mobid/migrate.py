@@ -47,7 +47,7 @@ Bytes = Annotated[int, Field(gt=0, lt=2**44)]
 
 
 class MigrationArguments(Arguments):
-    """`migration.settle`, `.durable`, `.probe`, `.lost`."""
+    """`migration.opened`, `.settle`, `.durable`, `.probe`, `.lost`."""
 
     migration: MigrationId
 
@@ -177,6 +177,13 @@ class Migrations:
     async def clock(self, _request: Request, _args: api.Nothing) -> dict[str, int]:
         """This host's monotonic clock now."""
         return {"monotonic_ns": time.monotonic_ns()}
+
+    @operation("migration.opened", role="peer", args=MigrationArguments)
+    async def opened(self, _request: Request, args: MigrationArguments) -> dict[str, Any]:
+        """Answer when this peer's switch knows of the handover, and takes the guest's frames from there."""
+        known = await self._catalog.wait(lambda s: args.migration in s.migrations)
+        await self._around.moves.opened(known.migrations[args.migration])
+        return {}
 
     @operation("migration.settle", role="peer", args=MigrationArguments)
     async def settle(self, _request: Request, args: MigrationArguments) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from proto.agent import AgentError
 from proto.api import OperationError
 from proto.handover import Source, SourceState
 from proto.precopy import GiveUp, Pass, Policy, Precopy, Stall, SwitchOver
+from proto.segments import concerned
 
 PREPARE_TIMEOUT = 600.0
 """Seconds for the destination to prepare; it may have to fetch an image."""
@@ -38,6 +39,8 @@ FREEZE_TIMEOUT = 10.0
 PROBE_TIMEOUT = 2.0
 DURABLE_TIMEOUT = 120.0
 CLOCK_TIMEOUT = 5.0
+OPENED_TIMEOUT = 2.0
+"""Seconds for the other peers to say that their switches know of the handover."""
 SETTLED_WAIT = 30.0
 """Seconds that `finish` waits for measurements of a guest that runs already."""
 VERIFY_PATIENCE = 10.0
@@ -101,11 +104,13 @@ class Outgoing(Shell):
         self._verified = trio.Event()
         self._redirecting = trio.Lock()
         self._redirected = False
+        self._opened = trio.Event()
 
     async def perform(self, effect: ev.Effect) -> None:
         """Carry out an effect of the source's machine."""
         match effect:
             case ev.Prepare():
+                self.soon(self._open_everywhere)
                 self.soon(self._converse)
             case ev.Freeze():
                 self.soon(self._freeze)
@@ -120,6 +125,30 @@ class Outgoing(Shell):
                 await self._discard()
 
     # Everything that needs no freeze.
+
+    async def _open_everywhere(self) -> None:
+        """Wait, not for ever, until every switch on the guest's networks knows of the handover.
+
+        A peer hears of it when it comes to that place in the log. Its switch drops what the guest sends from
+        its new place before that.
+        """
+        m = self.migration
+        silent: list[str] = []
+
+        async def ask(peer: str) -> None:
+            try:
+                arguments = {"migration": m.id}
+                await self.around.links.call(peer, "migration.opened", arguments, timeout=OPENED_TIMEOUT)
+            except OperationError as error:
+                log.info("migration.not.opened", id=m.id, peer=peer, reason=error.message)
+                silent.append(self.around.catalog.state.peer_name(peer))
+
+        async with trio.open_nursery() as nursery:
+            for peer in concerned(self.around.catalog.state, m.guest):
+                nursery.start_soon(ask, peer)
+        self._opened.set()
+        if silent:
+            self.around.events.emit("migration.unheard", id=m.id, guest=m.guest, peers=sorted(silent))
 
     async def _converse(self) -> None:
         """The request that lasts as long as the migration; what goes wrong in it is told to the machine."""
@@ -215,6 +244,7 @@ class Outgoing(Shell):
         """Pre-copy until it is time to switch."""
         try:
             await self._match_clocks()
+            await self._opened.wait()
             for disk in self._present().disks:
                 await disk.track(True)
             if self.wishes.cold:

@@ -56,6 +56,10 @@ class Moves(Protocol):
     None of these is undone by the guest's keeper; errors are `OperationError` or `HelperError`.
     """
 
+    async def opened(self, migration: entries.Migration) -> None:
+        """Any peer: return when the switch here takes the guest's frames from the destination too."""
+        ...
+
     async def hold(self, guest: str) -> None:
         """Source, before the freeze: keep frames for this guest."""
         ...

@@ -30,7 +30,7 @@ from mobid.switch import HERE, Switch, free_port, open_switch
 from mobid.tunnels import Reaching, Tunnels
 from proto import entries
 from proto.api import OperationError
-from proto.segments import Place, Segment, impairment, mac_bytes, segments
+from proto.segments import Place, Segment, concerned, impairment, mac_bytes, segments
 from proto.state import State
 
 logger = structlog.get_logger(__name__)
@@ -561,6 +561,21 @@ class Networks:
         switch.forget("mac_next", (port.network, port.mac))
 
     # Moves.
+
+    async def opened(self, migration: entries.Migration) -> None:
+        """Return when the switch here takes the guest's frames from the destination too, or has no part in
+        the guest's networks. Raises `OperationError`."""
+        state = self._catalog.state
+        if self._own not in concerned(state, migration.guest):
+            return
+        if migration.destination != self._own:
+            await self.tunnels.wait_given(migration.destination)
+        switch = await self._ready()
+        try:
+            async with self._lock:
+                await self._tell_all(switch)
+        except HelperError as error:
+            raise OperationError("failed", f"the switch was not told: {error.message}") from None
 
     def _ports_of(self, guest: str) -> list[tuple[tuple[str, str], Port]]:
         return [(key, port) for key, port in self._ports.items() if port.guest == guest]

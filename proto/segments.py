@@ -64,6 +64,16 @@ def segments(state: State, own: str) -> dict[int, Segment]:
     }
 
 
+def concerned(state: State, guest: str) -> frozenset[str]:
+    """The peers whose switches carry frames of this guest (LAB/NAME), its own and its next one included."""
+    found = state.guests.get(guest)
+    if found is None:
+        return frozenset()
+    networks = {interface.network for interface in found.interfaces}
+    near = [s.peers for s in segments(state, found.owner).values() if s.key in networks]
+    return frozenset({found.owner}.union(*near)) if near else frozenset()
+
+
 def _place(guest: Guest, migration: Migration | None) -> Place:
     if migration is None:
         return Place(guest.id, guest.owner, guest.epoch)

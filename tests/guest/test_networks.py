@@ -23,8 +23,10 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
 
 REPLY_PATIENCE = 50
 """Tenths of a second."""
+LAG = 1.2
+"""Seconds; a move of such a small guest takes half of that, and would wait for 2."""
 
-LAB = {
+LAB: dict[str, Any] = {
     "name": "pair",
     "topology": {
         "defaults": {"image": "mini", "memory": "64M"},
@@ -37,20 +39,41 @@ LAB = {
 @pytest.fixture
 async def mesh(tmp_path: Path, helper_binary: Path) -> AsyncIterator[list[PeerProcess]]:
     """Two peers, and the lab: guest a at tokyo, b at virginia."""
+    async with AsyncExitStack() as stack:
+        yield await begin(stack, tmp_path, helper_binary, ("tokyo", "virginia"), LAB)
+
+
+@pytest.fixture
+async def wide_mesh(tmp_path: Path, helper_binary: Path) -> AsyncIterator[list[PeerProcess]]:
+    """Three peers, of which the first coordinates, on one network: a at sydney, b at virginia, c at tokyo."""
+    places = {"a": "sydney", "b": "virginia", "c": "tokyo"}
+    topology = {
+        "defaults": LAB["topology"]["defaults"],
+        "nodes": {node: {"place": place} for node, place in places.items()},
+        "networks": {"lan": {"members": list(places), "subnet": "10.9.1.0/24"}},
+    }
+    async with AsyncExitStack() as stack:
+        names = ("tokyo", "virginia", "sydney")
+        yield await begin(stack, tmp_path, helper_binary, names, {"name": "pair", "topology": topology})
+
+
+async def begin(
+    stack: AsyncExitStack, base: Path, helper_binary: Path, names: tuple[str, ...], lab: dict[str, Any]
+) -> list[PeerProcess]:
     for needed in (cache_directory() / "images/mini/image.json", cache_directory() / "kernel"):
         if not needed.exists():
             pytest.skip(f"{needed} is not there (make setup builds it)")
     environment = {"MOBI_HELPER": str(helper_binary)}
-    peers = [PeerProcess(tmp_path / name, name, environment) for name in ("tokyo", "virginia")]
-    async with AsyncExitStack() as stack:
-        for peer in peers:
-            await peer.start()
-            stack.push_async_callback(peer.stop)
+    peers = [PeerProcess(base / name, name, environment) for name in names]
+    for peer in peers:
+        await peer.start()
+        stack.push_async_callback(peer.stop)
+    for peer in peers[1:]:
         token = await peers[0].call("peer.token.new", {})
-        await peers[1].call("peer.join", {"token": token["token"]})
-        await eventually(lambda: all_see(peers, 2))
-        await peers[0].call("lab.up", {"lab": json.dumps(LAB)})
-        yield peers
+        await peer.call("peer.join", {"token": token["token"]})
+    await eventually(lambda: all_see(peers, len(peers)))
+    await peers[0].call("lab.up", {"lab": json.dumps(lab)})
+    return peers
 
 
 async def all_see(peers: list[PeerProcess], count: int) -> bool:
@@ -150,16 +173,41 @@ async def test_pings_survive_every_move(mesh: list[PeerProcess]) -> None:
         assert record["ok"], record
         assert record["frames_lost"] == 0
         await trio.sleep(0.3)
-    await sh(tokyo, "a", "kill -INT $(cat /root/pid)")
+    await all_answered(tokyo, before)
+
+
+async def all_answered(peer: PeerProcess, before: tuple[int, int]) -> None:
+    """End the ping in guest a, which began after the counts `before`: every reply came, once and in order."""
+    await sh(peer, "a", "kill -INT $(cat /root/pid)")
     for _ in range(REPLY_PATIENCE):  # the last reply may be on its way
-        asked, answered = (now - then for now, then in zip(await echoes(tokyo, "a"), before, strict=True))
+        asked, answered = (now - then for now, then in zip(await echoes(peer, "a"), before, strict=True))
         if answered >= asked:
             break
         await trio.sleep(0.1)
     assert answered == asked
-    numbers = [int(n) for n in re.findall(r"seq=(\d+)", await sh(tokyo, "a", "cat /root/pings"))]
+    numbers = [int(n) for n in re.findall(r"seq=(\d+)", await sh(peer, "a", "cat /root/pings"))]
     assert len(numbers) > asked / 2
     assert numbers == sorted(set(numbers)), "in order, none twice"
+
+
+async def test_a_peer_behind_in_the_log_loses_nothing(wide_mesh: list[PeerProcess]) -> None:
+    """A move waits for a peer that carries the guest's frames and has not heard of the handover.
+
+    Its switch would take the guest's frames from the new place for somebody else's.
+    """
+    tokyo, _, sydney = wide_mesh
+    await eventually(lambda: pings(tokyo, "a", "b"))
+    await eventually(lambda: pings(tokyo, "a", "c"))
+    before = await echoes(tokyo, "a")
+    await sh(tokyo, "a", "ping -i 0.01 b > /root/pings 2>&1 </dev/null & echo $! > /root/pid")
+    assert sydney.process is not None
+    async with trio.open_nursery() as nursery:
+        sydney.process.send_signal(signal.SIGSTOP)
+        nursery.start_soon(tokyo.call, "vm.migrate", {"vm": "pair/b", "to": "tokyo"})
+        await trio.sleep(LAG)
+        sydney.process.send_signal(signal.SIGCONT)
+    assert (await tokyo.call("vm.show", {"vm": "pair/b"}))["peer"] == "tokyo"
+    await all_answered(tokyo, before)
 
 
 async def test_a_killed_switch_comes_back_with_its_guests(mesh: list[PeerProcess]) -> None:
@@ -184,6 +232,21 @@ async def test_a_switch_killed_together_with_its_peer_comes_back_too(mesh: list[
         return await pings(tokyo, "a", "b") and await pings(virginia, "b", "a")
 
     await eventually(again)
+
+
+async def test_a_peer_that_does_not_answer_holds_up_no_move(wide_mesh: list[PeerProcess]) -> None:
+    tokyo, virginia, sydney = wide_mesh
+    await eventually(lambda: pings(tokyo, "a", "c"))
+    assert sydney.process is not None
+    sydney.process.send_signal(signal.SIGSTOP)
+    try:
+        assert (await tokyo.call("vm.migrate", {"vm": "pair/b", "to": "tokyo"}))["ok"]
+    finally:
+        sydney.process.send_signal(signal.SIGCONT)
+    lines = (virginia.directory / "events.ndjson").read_text().splitlines()
+    (event,) = [found for line in lines if (found := json.loads(line))["kind"] == "migration.unheard"]
+    assert event["peers"] == ["sydney"]
+    await eventually(lambda: pings(tokyo, "a", "b"))
 
 
 def kill_switch(peer: PeerProcess) -> None:
