@@ -13,16 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.built import REPOSITORY, built_helper
 from tests.ramdisk import build_ramdisk
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
 def helper_binary() -> Path:
     """The built `mobi-helper`: `$MOBI_HELPER`, else the one of `build/helper`; skips if there is none."""
-    wanted = os.environ.get("MOBI_HELPER")
-    path = Path(wanted) if wanted else REPOSITORY / "build/helper/kernel/helper/mobi-helper"
+    path = built_helper()
     if not os.access(path, os.X_OK):
         pytest.skip(f"{path} is not built (meson setup build/helper; ninja -C build/helper)")
     return path

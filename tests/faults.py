@@ -14,8 +14,9 @@ import json
 import sys
 import time
 
+from tests.built import missing
 from tests.guest.faults import CASES, Case, laboratory
-from tests.guest.witness import missing, run_to_end
+from tests.guest.witness import run_to_end
 
 Attempt = tuple[Case, str]
 

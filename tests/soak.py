@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.guest.witness import FAULTS, Load, Witnesses, missing, run_to_end, spread, two_peers
+from tests.built import missing
+from tests.guest.witness import FAULTS, Load, Witnesses, run_to_end, spread, two_peers
 
 LOAD = Load(memory=16, threads=2)
 EVERY = 10

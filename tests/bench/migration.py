@@ -23,7 +23,8 @@ from typing import Any
 import trio
 
 from tests.bench.report import Figure, Row, figure
-from tests.guest.witness import FRIEND, Load, Witnesses, missing, run_to_end, two_peers
+from tests.built import missing
+from tests.guest.witness import FRIEND, Load, Witnesses, run_to_end, two_peers
 
 BANDWIDTH = 100_000_000
 MOVES = 5

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.built import missing
 from tests.guest.peers import PeerProcess, eventually
-from tests.guest.witness import missing, two_peers
+from tests.guest.witness import two_peers
 
 pytestmark = [
     pytest.mark.guest,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.built import missing
 from tests.guest.faults import Case, laboratory
-from tests.guest.witness import missing
 
 pytestmark = [
     pytest.mark.guest,

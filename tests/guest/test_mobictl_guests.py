@@ -18,6 +18,7 @@ import pytest
 
 from mobictl.helpers import alive
 from mobid.config import cache_directory
+from tests.built import missing
 from tests.cli import ROOT, TIMEOUT, Cli, clean, home
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
@@ -28,9 +29,8 @@ def cli(helper_binary: Path) -> Iterator[Cli]:
     """Two peers, and one guest `one` that the tests of this module share."""
     cache = cache_directory()
     kernel = os.environ.get("MOBI_KERNEL")
-    for needed in (cache / "images/mini/image.json", Path(kernel) if kernel else cache / "kernel"):
-        if not needed.exists():
-            pytest.skip(f"{needed} is not there (make setup builds it)")
+    if gone := missing():
+        pytest.skip(gone)
     extra = {"MOBI_HELPER": str(helper_binary), "XDG_CACHE_HOME": str(cache.parent)}
     made = Cli(home(), {**extra, **({"MOBI_KERNEL": kernel} if kernel else {})})
     try:

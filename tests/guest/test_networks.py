@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import trio
 
-from mobid.config import cache_directory
 from proto.api import OperationError
+from tests.built import missing
 from tests.guest.peers import PeerProcess, eventually
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
@@ -60,9 +60,8 @@ async def wide_mesh(tmp_path: Path, helper_binary: Path) -> AsyncIterator[list[P
 async def begin(
     stack: AsyncExitStack, base: Path, helper_binary: Path, names: tuple[str, ...], lab: dict[str, Any]
 ) -> list[PeerProcess]:
-    for needed in (cache_directory() / "images/mini/image.json", cache_directory() / "kernel"):
-        if not needed.exists():
-            pytest.skip(f"{needed} is not there (make setup builds it)")
+    if gone := missing():
+        pytest.skip(gone)
     environment = {"MOBI_HELPER": str(helper_binary)}
     peers = [PeerProcess(base / name, name, environment) for name in names]
     for peer in peers:

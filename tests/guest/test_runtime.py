@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import trio
 
-from mobid.config import cache_directory
 from proto.api import OperationError
+from tests.built import missing
 from tests.guest.peers import PeerProcess, eventually
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
@@ -25,13 +25,8 @@ Row = dict[str, Any]
 
 @pytest.fixture
 async def peer(tmp_path: Path, helper_binary: Path) -> AsyncIterator[PeerProcess]:
-    cache = cache_directory()
-    for needed in (
-        cache / "images/mini/image.json",
-        *(() if os.environ.get("MOBI_KERNEL") else (cache / "kernel",)),
-    ):
-        if not needed.exists():
-            pytest.skip(f"{needed} is not there (make setup builds it)")
+    if gone := missing():
+        pytest.skip(gone)
     process = PeerProcess(tmp_path / "tokyo", environment={"MOBI_HELPER": str(helper_binary)})
     await process.start()
     yield process

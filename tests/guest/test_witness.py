@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from mobid.config import cache_directory
+from tests.built import missing
 from tests.guest.test_runtime import owner_of
 from tests.guest.witness import (
     MOVER,
@@ -17,7 +18,6 @@ from tests.guest.witness import (
     file_in,
     file_system_errors,
     merged_disk,
-    missing,
     two_peers,
 )
 

@@ -9,7 +9,6 @@ The tests, the soak and the benchmark move `mover` from peer to peer and ask bot
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import struct
@@ -22,8 +21,8 @@ from typing import Any
 
 import trio
 
-from mobid.config import cache_directory
 from proto.api import OperationError
+from tests.built import built_helper
 from tests.guest.peers import PeerProcess, eventually
 
 Row = dict[str, Any]
@@ -32,23 +31,8 @@ LAB = "witness"
 MOVER = f"{LAB}/mover"
 FRIEND = f"{LAB}/friend"
 PORT = 7000
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 FAULTS = ("bad", "page_errors", "disk_errors", "tcp_errors")
 GROWING = ("pages", "disk_records", "tcp_sent", "tcp_received")
-
-
-def missing() -> str:
-    """What of a real guest is not built here, or nothing."""
-    kernel = os.environ.get("MOBI_KERNEL")
-    needed = [cache_directory() / "images/mini/image.json", Path(kernel or cache_directory() / "kernel")]
-    gone = [str(path) for path in needed if not path.exists()]
-    return f"{' and '.join(gone)} not there (make setup builds it)" if gone else ""
-
-
-def built_helper() -> Path:
-    """The helper binary of `$MOBI_HELPER` or of this tree."""
-    wanted = os.environ.get("MOBI_HELPER")
-    return Path(wanted) if wanted else REPOSITORY / "build/helper/kernel/helper/mobi-helper"
 
 
 def run_to_end(main: Callable[[], Awaitable[None]]) -> str:
