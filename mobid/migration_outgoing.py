@@ -39,7 +39,7 @@ FREEZE_TIMEOUT = 10.0
 PROBE_TIMEOUT = 2.0
 DURABLE_TIMEOUT = 120.0
 CLOCK_TIMEOUT = 5.0
-OPENED_TIMEOUT = 2.0
+OPENED_TIMEOUT = 3.0
 """Seconds for the other peers to say that their switches know of the handover."""
 SETTLED_WAIT = 30.0
 """Seconds that `finish` waits for measurements of a guest that runs already."""

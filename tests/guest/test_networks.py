@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
 
 REPLY_PATIENCE = 50
 """Tenths of a second."""
-LAG = 1.2
-"""Seconds; a move of such a small guest takes half of that, and would wait for 2."""
+LAG = 0.8
+"""Seconds; a move of such a small guest takes a third of that, and would wait for 3."""
 
 LAB: dict[str, Any] = {
     "name": "pair",
