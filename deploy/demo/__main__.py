@@ -61,7 +61,7 @@ class Demo:
     def __init__(self, directory: Path, out: Path) -> None:
         self.directory = directory
         self.out = out
-        self.started = measure.now()
+        self.started = time.time()
         self.migrations: list[Json] = []
         self.sweeps: list[list[list[float]]] = []
         self.placements: dict[str, dict[str, float]] = {}
@@ -78,7 +78,7 @@ class Demo:
         reading = ("mobi-files", "read", "/mnt/ufs")
         with background(self.directory, measure.CLIENT, self.out / "reader.ndjson", *reading) as self.reader:
             self.reader.wait_for(5, timeout=60)
-            self.started = measure.now()
+            self.started = time.time()
             self.connections.append(measure.connection(self.directory))
             time.sleep(STAY)
             self.measure_placement("tokyo")
@@ -92,14 +92,14 @@ class Demo:
 
     def measure_placement(self, peer: str) -> None:
         say(f"measuring what it is worth to be at {peer}")
-        start = measure.now()
+        start = time.time()
         in_guest(self.directory, measure.CLIENT, "pkill", "-STOP", "mobi-files")
         try:
             self.placements[peer] = measure.placement(self.directory)
         finally:
             with contextlib.suppress(DemoError):  # a reader that stays stopped fails the checks
                 in_guest(self.directory, measure.CLIENT, "pkill", "-CONT", "mobi-files")
-        self.pauses.append((start - self.started, measure.now() - self.started))
+        self.pauses.append((start - self.started, time.time() - self.started))
 
     def move(self, to: str) -> None:
         interval = str(measure.PROBE_INTERVAL)
@@ -107,10 +107,10 @@ class Demo:
         with background(self.directory, measure.CLIENT, self.out / f"prober-{to}.txt", *probing) as prober:
             prober.wait_for(20, timeout=30)
             time.sleep(STAY)
-            start = measure.now()
+            start = time.time()
             record: Json = mobictl(self.directory, "vm", "migrate", measure.PROTOCOL, "--to", to, timeout=600)
             time.sleep(STAY)
-            gap = measure.largest_gap_ms(prober.lines(), start, measure.now() - STAY / 2)
+            gap = measure.largest_gap_ms(prober.lines(), start, time.time() - STAY / 2)
         record["downtime_ms"]["network"] = gap
         clock = record.pop("guest_clock", None) or []
         self.sweeps.append([[t / 1e9, gap / 1e9] for t, gap in clock])
@@ -155,7 +155,7 @@ class Demo:
             "connection_survived": checks[1]["ok"],
             "placements": self.placements,
             "started": self.started,
-            "duration": measure.now() - self.started,
+            "duration": time.time() - self.started,
             "moved": measure.PROTOCOL,
             "tick": TICK,
             "throughput": [[t - self.started, n] for t, n in ticks if t >= self.started],

@@ -7,7 +7,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,3 @@ def reader_results(lines: Sequence[str]) -> tuple[list[tuple[float, int]], int, 
         elif "t" in record:
             ticks.append((record["t"], record["bytes"]))
     return ticks, reads, bad
-
-
-def now() -> float:
-    return time.time()
