@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
+from typing import Literal
 
 from proto.api import OperationError
 
@@ -26,13 +27,21 @@ _HEADER = struct.Struct("<I16sQQ")
 _ORDER = struct.Struct("<QQ")
 
 
+RecordKind = Literal["command", "config", "noop"]
+
+
 @dataclass(frozen=True)
 class Record:
-    """One record; `index` counts from 1 without a gap, `term` never falls."""
+    """One record; `index` counts from 1 without a gap, `term` never falls.
+
+    A `command` is an encoded `entries.Proposal`, a `config` a `raft.configuration.Configuration`; a `noop`
+    is empty and begins a leader's term.
+    """
 
     term: int
     index: int
     payload: bytes
+    kind: RecordKind = "command"
 
 
 @dataclass(frozen=True)
