@@ -19,7 +19,7 @@ Role = Literal["observer", "follower", "candidate", "leader"]
 """An observer is no voter: a learner, a plain member that follows, or a peer that recovers."""
 
 TIMER = "raft"
-"""The only timer of the machine."""
+"""The only timer of the machine. A shell begins by feeding `Woken(TIMER)`: what follows from `Stored`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class Durable:
 
     `truncate`: records with an index from here on go first. `snapshot`: replaces everything up to its
     index; `keep` is the first index of the records that stay in the log file (its end + 1 if none do).
+    `recovered`: the peer is not `Stored.recovering` any more; it would be after a restart without this.
     """
 
     ballot: Ballot | None = None
@@ -53,13 +54,15 @@ class Durable:
     keep: int | None = None
     truncate: int | None = None
     records: tuple[Record, ...] = ()
+    recovered: bool = False
 
 
 @dataclass(frozen=True)
 class Stored:
     """What was durable when the peer started. The first record follows `base_index`, whose term is
-    `base_term`; the snapshot's index is not before `base_index`. `recovering`: the log was damaged or lost
-    although the peer had voted or acknowledged before."""
+    `base_term`; the snapshot's index is not before `base_index`. Everything up to `commit` is known to be
+    committed (perhaps more is): it is applied at once, so that a peer that starts alone can answer. `recovering`:
+    the log was damaged or lost although the peer had voted or acknowledged before."""
 
     ballot: Ballot = field(default_factory=Ballot)
     snapshot: Snapshot = field(default_factory=Snapshot)
@@ -67,6 +70,7 @@ class Stored:
     base_term: int = 0
     records: list[Record] = field(default_factory=list)
     recovering: bool = False
+    commit: int = 0
 
 
 @dataclass(frozen=True, slots=True)
