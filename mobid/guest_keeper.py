@@ -385,7 +385,7 @@ class Keeper:
             self._seen = None
             return
         logger.warning("guest cannot be started", guest=guest.key, error=message)
-        policy = guest.restart_policy if self._automatic else "no"
+        policy = guest.restart_policy if self._automatic else "never"
         hint = f" ({failure.hint})" if failure.hint else ""
         self._judge(guest, after_end(policy, reason, 0.0, self._failures), reason, message + hint)
 

@@ -13,7 +13,7 @@ The right to run a guest is (owner, epoch). It moves only by `Handover` and then
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -254,8 +254,11 @@ def _put_lab(state: State, entry: e.PutLab, _client: str) -> State:
         raise Refused(
             "exists", f"there is a lab {lab.name} already", f"mobictl lab down {lab.name} removes it"
         )
-    created = old.created if old else state.time
-    return replace(state, labs=_with(state.labs, lab.name, lab.model_copy(update={"created": created})))
+    found = old.revision if old else 0
+    if entry.revision is not None and entry.revision != found:
+        raise Refused("conflict", f"the lab {lab.name} was changed meanwhile", "look again, and try again")
+    update = {"created": old.created if old else state.time, "revision": found + 1}
+    return replace(state, labs=_with(state.labs, lab.name, lab.model_copy(update=update)))
 
 
 def _remove_lab(state: State, entry: e.RemoveLab, _client: str) -> State:
@@ -272,8 +275,7 @@ def _put_network(state: State, entry: e.PutNetwork, _client: str) -> State:
     network = entry.network
     if network.key in state.networks:
         raise Refused("exists", f"there is a network {network.key} already")
-    if network.impairments and len(network.impairments) != len(network.members):
-        raise Refused("bad-argument", f"network {network.key}: one impairment per member is needed")
+    _check_impairments(network, network.impairments)
     used = {other.id for other in state.networks.values()}
     span = 2**24 - 1
     id = next(
@@ -286,6 +288,18 @@ def _put_network(state: State, entry: e.PutNetwork, _client: str) -> State:
         networks=_with(state.networks, network.key, network.model_copy(update={"id": id})),
         next_network=_wrap(id + 1, span),
     )
+
+
+def _check_impairments(network: e.Network, impairments: Sequence[e.Impairment]) -> None:
+    if impairments and len(impairments) != len(network.members):
+        raise Refused("bad-argument", f"network {network.key}: one impairment per member is needed")
+
+
+def _change_network(state: State, entry: e.ChangeNetwork, _client: str) -> State:
+    old = _network(state, entry.network.key)
+    _check_impairments(entry.network, entry.network.impairments)
+    network = entry.network.model_copy(update={"id": old.id})
+    return replace(state, networks=_with(state.networks, network.key, network))
 
 
 def _wrap(id: int, span: int) -> int:
@@ -359,6 +373,19 @@ def _add_guest(state: State, entry: e.AddGuest, _client: str) -> State:
     return replace(state, guests=_with(state.guests, guest.key, guest.model_copy(update=update)))
 
 
+def _change_guest_entry(state: State, entry: e.ChangeGuest, _client: str) -> State:
+    guest = _guest(state, entry.guest)
+    _not_moving(state, guest.key)
+    update = {
+        name: value
+        for name in e.ChangeGuest.model_fields
+        if name not in ("kind", "guest") and (value := getattr(entry, name)) is not None
+    }
+    for interface in entry.interfaces or ():
+        _network(state, interface.network)
+    return _change_guest(state, guest, **update)
+
+
 def _remove_guest(state: State, entry: e.RemoveGuest, _client: str) -> State:
     guest = _guest(state, entry.guest)
     _not_moving(state, guest.key)
@@ -395,7 +422,9 @@ def _move_guest(state: State, entry: e.MoveGuest, _client: str) -> State:
         raise Refused(
             "conflict", f"{guest.key} is {guest.state}: only a guest that runs nowhere can be reassigned"
         )
-    _member(state, entry.owner)
+    owner = _member(state, entry.owner)
+    if owner.draining:
+        raise Refused("conflict", f"{owner.name} is being drained and takes no guests")
     return _change_guest(state, guest, owner=entry.owner, epoch=guest.epoch + 1, state="pending")
 
 
@@ -496,9 +525,11 @@ _TRANSITIONS: dict[type[e.Entry], Callable[[State, Any, str], State]] = {
     e.PutLab: _put_lab,
     e.RemoveLab: _remove_lab,
     e.PutNetwork: _put_network,
+    e.ChangeNetwork: _change_network,
     e.RemoveNetwork: _remove_network,
     e.SetImpairments: _set_impairments,
     e.AddGuest: _add_guest,
+    e.ChangeGuest: _change_guest_entry,
     e.RemoveGuest: _remove_guest,
     e.SetWanted: _set_wanted,
     e.Report: _report,

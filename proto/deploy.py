@@ -58,7 +58,7 @@ def lab_entries(lab: Lab, source: str, choices: Choices, taken_macs: frozenset[s
             env=dict(guest.env),
             owner=choices.owners[guest.name],
             on_partition=cast(Literal["run", "freeze"], guest.on_partition),
-            restart_policy=cast(Literal["no", "on-failure", "always"], guest.restart_policy),
+            restart_policy=cast(entries.RestartPolicy, guest.restart_policy),
         )
         parts.append(entries.AddGuest(guest=made))
     return entries.Batch(entries=tuple(parts))

@@ -39,6 +39,8 @@ GuestState = Literal[
 
 WantedState = Literal["running", "paused", "stopped"]
 
+RestartPolicy = Literal["never", "on-failure", "always"]
+
 HandoverState = Literal["open", "done", "cancelled", "failed-over"]
 
 
@@ -132,7 +134,7 @@ class Guest(Thing):
     message: str = ""
     restarts: int = 0
     on_partition: Literal["run", "freeze"] = "run"
-    restart_policy: Literal["no", "on-failure", "always"] = "on-failure"
+    restart_policy: RestartPolicy = "on-failure"
     cpu_cap: str = ""
     cpu_features: tuple[str, ...] = ()
     xsave_size: int = 0
@@ -176,12 +178,16 @@ class Network(Thing):
 
 
 class Lab(Thing):
-    """A lab as wanted: `model` is the validated lab file as plain values."""
+    """A lab as wanted: `model` is the validated lab file as plain values.
+
+    `revision` is given by the catalog and grows whenever the lab is put.
+    """
 
     name: Name
     model: dict[str, Any]
     source: str = ""
     created: float = 0.0
+    revision: int = 0
 
 
 class Migration(Thing):
@@ -272,11 +278,15 @@ class RevokeToken(Entry):
 
 
 class PutLab(Entry):
-    """A lab is wanted; one of the same name must not exist unless `replace`."""
+    """A lab is wanted; one of the same name must not exist unless `replace`.
+
+    With `revision` (`conflict` otherwise) the lab that it replaces must be of that one.
+    """
 
     kind: Literal["put-lab"] = "put-lab"
     lab: Lab
     replace: bool = False
+    revision: int | None = None
 
 
 class RemoveLab(Entry):
@@ -290,6 +300,13 @@ class PutNetwork(Entry):
     """A network appears; `network.id` is 0 and the catalog gives one that no network has."""
 
     kind: Literal["put-network"] = "put-network"
+    network: Network
+
+
+class ChangeNetwork(Entry):
+    """The network of this key is another from now on, but for its id, which stays."""
+
+    kind: Literal["change-network"] = "change-network"
     network: Network
 
 
@@ -311,6 +328,24 @@ class AddGuest(Entry):
 
     kind: Literal["add-guest"] = "add-guest"
     guest: Guest
+
+
+class ChangeGuest(Entry):
+    """Something else is asked for of a guest; None leaves a field as it is. Refused while a handover is open.
+
+    Its owner starts it anew, with the disks it has, when what its processes were made with (`memory`, `cpus`,
+    `interfaces`) is not what is asked for.
+    """
+
+    kind: Literal["change-guest"] = "change-guest"
+    guest: str
+    memory: int | None = None
+    cpus: int | None = None
+    interfaces: tuple[Interface, ...] | None = None
+    exec: tuple[str, ...] | None = None
+    env: dict[str, str] | None = None
+    on_partition: Literal["run", "freeze"] | None = None
+    restart_policy: RestartPolicy | None = None
 
 
 class RemoveGuest(Entry):
@@ -418,9 +453,11 @@ AnyEntry = Annotated[
     | PutLab
     | RemoveLab
     | PutNetwork
+    | ChangeNetwork
     | RemoveNetwork
     | SetImpairments
     | AddGuest
+    | ChangeGuest
     | RemoveGuest
     | SetWanted
     | Report

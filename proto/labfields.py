@@ -237,7 +237,7 @@ Disk = Annotated[Size, AfterValidator(_pages), _within(*DISK, "a disk", format_s
 Cpus = Annotated[int, Field(ge=1, strict=True), AfterValidator(_one_cpu)]
 Mtu = Annotated[int, Field(strict=True), _within(*MTU, "an MTU")]
 OnPartition = Annotated[Literal["run", "freeze"], AfterValidator(_partition)]
-RestartPolicy = Literal["no", "on-failure", "always"]
+RestartPolicy = Literal["never", "on-failure", "always"]
 _ENDPOINT_SCHEMA = {"type": "string", "pattern": f"^{NAME}:{INTERFACE}$", "examples": ["content:eth1"]}
 _MEMBER_SCHEMA = {"type": "string", "pattern": f"^{NAME}(:{INTERFACE})?$", "examples": ["a", "a:eth1"]}
 _PLACE_SCHEMA = {

@@ -96,7 +96,7 @@ def after_end(policy: str, reason: str, ran_for: float, failures: int) -> Verdic
     `policy` is the guest's restart policy, `reason` the shim's word (poweroff, reboot, panic, killed,
     crashed) or another one for a start that failed; `failures` counts those in a row so far.
     """
-    if policy == "no":
+    if policy == "never":
         return Verdict(False, 0.0, failures, "failed" if is_failure(reason) else "stopped")
     if reason == "poweroff" and policy != "always":
         return Verdict(False, 0.0, 0, "stopped")

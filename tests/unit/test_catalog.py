@@ -148,6 +148,39 @@ def test_a_lab_goes_after_all_that_is_in_it(mesh: State) -> None:
     assert not run(mesh, e.RemoveGuest(guest="lab/vm"), e.RemoveLab(lab="lab")).labs
 
 
+def test_a_lab_that_was_changed_meanwhile_is_not_replaced(mesh: State) -> None:
+    lab = e.Lab(name="lab", model={"name": "lab"})
+    mesh = run(mesh, e.PutLab(lab=lab), e.PutLab(lab=lab, replace=True, revision=1))
+    assert mesh.labs["lab"].revision == 2
+    refused(mesh, e.PutLab(lab=lab, replace=True, revision=1), "changed meanwhile")
+
+
+def test_a_network_changes_and_keeps_its_id(mesh: State) -> None:
+    network = e.Network(key="lab:lan", lab="lab", kind="network", members=(("lab/vm", "eth1"),))
+    refused(mesh, e.ChangeNetwork(network=network), "no network lab:lan")
+    mesh = run(mesh, e.PutNetwork(network=network))
+    bigger = network.model_copy(update={"members": (*network.members, ("lab/b", "eth1")), "mtu": 1300})
+    changed = run(mesh, e.ChangeNetwork(network=bigger)).networks["lab:lan"]
+    assert (changed.id, changed.mtu, len(changed.members)) == (mesh.networks["lab:lan"].id, 1300, 2)
+    wrong = bigger.model_copy(update={"impairments": (e.Impairment(),)})
+    refused(mesh, e.ChangeNetwork(network=wrong), "one impairment per member")
+
+
+def test_what_is_asked_of_a_guest_changes_but_not_while_it_moves(mesh: State) -> None:
+    changed = run(mesh, e.ChangeGuest(guest="lab/vm", memory=96 << 20, env={"A": "b"})).guests["lab/vm"]
+    before = mesh.guests["lab/vm"]
+    assert changed == before.model_copy(update={"memory": 96 << 20, "env": {"A": "b"}})
+    nowhere = e.Interface(name="eth1", mac="02:00:00:00:00:01", network="lab:none")
+    refused(mesh, e.ChangeGuest(guest="lab/vm", interfaces=(nowhere,)), "no network lab:none")
+    refused(run(mesh, HANDOVER), e.ChangeGuest(guest="lab/vm", cpus=2), "is being moved")
+
+
+def test_a_peer_that_drains_gets_no_guest_that_rests(mesh: State) -> None:
+    mesh = run(mesh, e.DrainPeer(peer=B.id, draining=True))
+    refused(mesh, e.MoveGuest(guest="lab/vm", epoch=1, owner=B.id), "is being drained")
+    assert run(mesh, e.MoveGuest(guest="lab/vm", epoch=1, owner=C.id)).guests["lab/vm"].owner == C.id
+
+
 def test_a_batch_is_all_or_nothing(mesh: State) -> None:
     bad = e.Batch(entries=(e.SetWanted(guest="lab/vm", wanted="stopped"), e.RemoveGuest(guest="lab/none")))
     refused(mesh, bad, "there is no guest lab/none")

@@ -71,9 +71,9 @@ def test_a_restart_waits_for_its_time() -> None:
 @pytest.mark.parametrize(
     ("policy", "reason", "restart", "state"),
     [
-        ("no", "panic", False, "failed"),
-        ("no", "reboot", False, "stopped"),
-        ("no", "poweroff", False, "stopped"),
+        ("never", "panic", False, "failed"),
+        ("never", "reboot", False, "stopped"),
+        ("never", "poweroff", False, "stopped"),
         ("on-failure", "panic", True, "starting"),
         ("on-failure", "crashed", True, "starting"),
         ("on-failure", "killed", True, "starting"),
