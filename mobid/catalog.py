@@ -171,8 +171,14 @@ class Catalog:
 
     # Proposing.
 
-    async def propose(self, entry: entries.Entry, timeout: float = 10.0) -> int:
+    def applied(self, request: str) -> int | None:
+        """The index at which this step of a command was applied, None if it was not (or is forgotten)."""
+        return self._state.requests.get(request) if request else None
+
+    async def propose(self, entry: entries.Entry, timeout: float = 10.0, *, request: str = "") -> int:
         """Make `entry` true in the mesh; returns its index once it is durable *and applied here*.
+
+        `request` is the step of a command (`operations.step`): one that was applied before changes nothing.
 
         Raises `OperationError`: the code of a refusal if it contradicts the state; `no-leader` or `timeout`
         if the coordinator did not answer (then it may still become true).
@@ -182,7 +188,11 @@ class Catalog:
             async with self._slots:
                 self._sequence += 1
                 proposal = entries.Proposal(
-                    entry=entry, client=self._own, boot=self._boot, sequence=self._sequence
+                    entry=entry,
+                    client=self._own,
+                    boot=self._boot,
+                    sequence=self._sequence,
+                    request=request,
                 )
                 while True:
                     try:
@@ -265,6 +275,8 @@ class Catalog:
         """The state with this proposal, which gets its record; raises if it is refused."""
         proposal = pending.proposal
         known = applied_index(state, proposal.client, proposal.boot, proposal.sequence)
+        if known is None and proposal.request:
+            known = state.requests.get(proposal.request)
         if known is not None:
             pending.index = known
             return state

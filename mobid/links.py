@@ -53,6 +53,8 @@ class Stream(Protocol):
         """The items, until the request ends; raises `OperationError` if it ends with an error."""
         ...
 
+    abandoned: bool
+
     async def send(self, value: dict[str, Any]) -> None:
         """Send an input."""
         ...
@@ -158,7 +160,9 @@ class Links:
         op: str,
         args: Arguments | Mapping[str, Any] | None = None,
         timeout: float = 10.0,
+        *,
         hops: int = 0,
+        key: str = "",
     ) -> AsyncGenerator[Stream, None]:
         """`async with links.stream(peer, op, args) as stream:`; leaving the block cancels the request.
 
@@ -177,7 +181,7 @@ class Links:
                 "unreachable", f"{member.name} at {member.address} did not answer in {timeout:g} s"
             )
         client = rpc.Client(connection, member.name)
-        async with background(client.run), client.request(op, args, hops) as request:
+        async with background(client.run), client.request(op, args, hops, key) as request:
             yield request
 
     @asynccontextmanager

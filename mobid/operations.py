@@ -14,7 +14,9 @@ Forwarding passes items, inputs, cancellation and the result through.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
@@ -47,6 +49,10 @@ class Request(Protocol):
     op: str
     caller: Caller
     hops: int
+    key: str
+    """Names the command of which this is an attempt; empty if it is not to be asked again."""
+    cancelled: bool
+    """Whether the caller takes it back; a caller whose connection was lost has not done so."""
 
     @property
     def role(self) -> Role: ...
@@ -58,6 +64,29 @@ class Request(Protocol):
     async def input(self) -> dict[str, Any]:
         """The next thing the caller sends; waits for it. Ends only by cancellation."""
         ...
+
+
+def step(request: Request, name: str = "") -> str:
+    """What the catalog calls one step of a command, for `Catalog.propose` and `.applied`: KEY#NAME.
+
+    Empty for a request without key, which cannot be told from another.
+    """
+    return f"{request.key}#{name or request.op}" if request.key else ""
+
+
+def made_id(request: Request, what: str, digits: int) -> str:
+    """A new id for what a command makes: the same in every attempt, so that the next one recognises it."""
+    if not request.key:
+        return secrets.token_hex(digits // 2)
+    return hashlib.sha256(f"{request.key}#{what}".encode()).hexdigest()[:digits]
+
+
+def taken_back(request: Request) -> bool:
+    """Whether what an interrupted request has begun shall be undone.
+
+    Not if its caller has only lost its peer: it, or whoever has its key, will ask again.
+    """
+    return request.cancelled or not request.key
 
 
 HandlerT = TypeVar("HandlerT", bound=Callable[..., Awaitable[Any]])
@@ -98,6 +127,8 @@ def operation(
 class Stream(Protocol):
     """A request under way at another peer (`mobid.links.Stream`)."""
 
+    abandoned: bool
+
     def __aiter__(self) -> AsyncIterator[dict[str, Any]]: ...
 
     async def send(self, value: dict[str, Any]) -> None: ...
@@ -109,7 +140,7 @@ class Forwarder(Protocol):
     """What forwarding needs of the links."""
 
     def stream(
-        self, peer: str, op: str, args: Arguments | None = None, *, hops: int = 0
+        self, peer: str, op: str, args: Arguments | None = None, *, hops: int = 0, key: str = ""
     ) -> AbstractAsyncContextManager[Stream]: ...
 
 
@@ -170,7 +201,8 @@ class Operations:
         return self._own, args
 
     async def _forward(self, request: Request, target: str, args: Arguments) -> Any:
-        async with self._links.stream(target, request.op, args, hops=request.hops + 1) as stream:
+        hops = request.hops + 1
+        async with self._links.stream(target, request.op, args, hops=hops, key=request.key) as stream:
 
             async def pass_inputs() -> None:
                 # When the connection is lost, the loop below says so.
@@ -178,10 +210,14 @@ class Operations:
                     while True:
                         await stream.send(await request.input())
 
-            async with background(pass_inputs):
-                async for item in stream:
-                    await request.item(item)
-                return await stream.result()
+            try:
+                async with background(pass_inputs):
+                    async for item in stream:
+                        await request.item(item)
+                    return await stream.result()
+            except trio.Cancelled:
+                stream.abandoned = not taken_back(request)
+                raise
 
 
 def _check_role(made: Operation, caller: Caller) -> None:

@@ -31,6 +31,9 @@ QUEUE = 16
 SEND_TIMEOUT = 60.0
 """A connection that takes no byte for this long is given up."""
 
+CANCEL_TIMEOUT = 1.0
+"""How long whoever takes a request back waits for that to be heard."""
+
 STRANGER_TIMEOUT = 30.0
 """How long an unauthenticated connection may last."""
 
@@ -94,6 +97,7 @@ class ServedRequest:
         self.op = message.op
         self.caller = connection.caller
         self.hops = message.hops
+        self.key = message.key
         self.scope = trio.CancelScope()
         self.cancelled = False
         self._connection = connection
@@ -235,6 +239,8 @@ class ClientRequest:
         self.id = id
         self._client = client
         self._op = op
+        self.abandoned = False
+        """Leaving the request does not cancel it: the one for whom it was asked may ask for it again."""
         self._items_in, self._items = trio.open_memory_channel[dict[str, Any]](QUEUE)
         self._done = trio.Event()
         self._answer: wire.Result | wire.Failure | None = None
@@ -331,7 +337,11 @@ class Client:
 
     @asynccontextmanager
     async def request(
-        self, op: str, args: Arguments | Mapping[str, Any] | None = None, hops: int = 0
+        self,
+        op: str,
+        args: Arguments | Mapping[str, Any] | None = None,
+        hops: int = 0,
+        key: str = "",
     ) -> AsyncGenerator[ClientRequest, None]:
         """Begin a request; leaving the block before its result cancels it at the server."""
         if self.closed:
@@ -340,22 +350,32 @@ class Client:
         self._next += 1
         self._requests[request.id] = request
         try:
-            await self.send(wire.Request(request.id, op, as_map(args), hops))
+            await self.send(wire.Request(request.id, op, as_map(args), hops, key))
             yield request
         finally:
-            if self._requests.pop(request.id, None) is not None and not self.closed:
-                with (
-                    trio.CancelScope(deadline=trio.current_time() + 1.0, shield=True),
-                    suppress(OperationError),
-                ):
-                    await self.send(wire.Cancel(request.id))
+            if not request.ended and not request.abandoned and not self.closed:
+                with trio.CancelScope(deadline=trio.current_time() + CANCEL_TIMEOUT, shield=True):
+                    await self._cancel(request, wait=bool(key))
+            self._requests.pop(request.id, None)
+
+    async def _cancel(self, request: ClientRequest, *, wait: bool) -> None:
+        """Take a request back; with `wait` until the server has heard it, which a lost connection is not."""
+        with suppress(OperationError):
+            await self.send(wire.Cancel(request.id))
+            if wait:
+                await request.result()
 
     async def call(
-        self, op: str, args: Arguments | Mapping[str, Any] | None = None, timeout: float = 10.0, hops: int = 0
+        self,
+        op: str,
+        args: Arguments | Mapping[str, Any] | None = None,
+        timeout: float = 10.0,
+        hops: int = 0,
+        key: str = "",
     ) -> Any:
         """The result of `op`; items are dropped. Raises the server's `OperationError`, or `timeout`."""
         with trio.move_on_after(timeout):
-            async with self.request(op, args, hops) as request:
+            async with self.request(op, args, hops, key) as request:
                 return await request.result()
         raise OperationError("timeout", f"{self.where} did not answer {op} within {timeout:g} s")
 

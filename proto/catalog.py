@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from proto import entries as e
 from proto.identity import IdentityError, peer_id, public_key, verify
-from proto.state import CLOSED_MIGRATIONS, SESSION_WINDOW, Refused, Session, State
+from proto.state import CLOSED_MIGRATIONS, REQUESTS, SESSION_WINDOW, Refused, Session, State
 
 __all__ = ["Refused", "State", "applied_index", "apply", "skip"]
 
@@ -47,15 +47,18 @@ def apply(state: State, index: int, proposal: e.Proposal) -> State:
     """The state after record `index`; raises `Refused` (then nothing changed, and `skip` gives the next
     state).
 
-    A proposal that was applied before changes nothing but the index.
+    A proposal that was applied before, or that repeats a command's step, changes nothing but the index.
     """
     if index != state.index + 1:
         raise ValueError(f"record {index} does not follow record {state.index}")
     time = max(state.time, proposal.time)
     if applied_index(state, proposal.client, proposal.boot, proposal.sequence) is not None:
         return replace(state, index=index, time=time)
-    state = _transition(replace(state, index=index, time=time), proposal.entry, proposal.client)
-    return _remember(state, proposal)
+    state = replace(state, index=index, time=time)
+    if proposal.request in state.requests:
+        return _remember(state, proposal, state.requests[proposal.request])
+    state = _remember(_transition(state, proposal.entry, proposal.client), proposal, index)
+    return _remember_request(state, proposal.request)
 
 
 def skip(state: State, index: int) -> State:
@@ -63,16 +66,27 @@ def skip(state: State, index: int) -> State:
     return replace(state, index=index)
 
 
-def _remember(state: State, proposal: e.Proposal) -> State:
+def _remember(state: State, proposal: e.Proposal, index: int) -> State:
     if not proposal.client:
         return state
     session = state.sessions.get(proposal.client)
     applied = dict(session.applied) if session and session.boot == proposal.boot else {}
-    applied[proposal.sequence] = state.index
+    applied[proposal.sequence] = index
     if len(applied) > 2 * SESSION_WINDOW:
         floor = max(applied) - SESSION_WINDOW
         applied = {sequence: at for sequence, at in applied.items() if sequence > floor}
     return replace(state, sessions=_with(state.sessions, proposal.client, Session(proposal.boot, applied)))
+
+
+def _remember_request(state: State, request: str) -> State:
+    """The step of a command was done; the oldest are forgotten, many at once so that it costs little."""
+    if not request:
+        return state
+    requests = _with(state.requests, request, state.index)
+    if len(requests) >= 2 * REQUESTS:
+        newest = sorted(requests.items(), key=lambda item: (item[1], item[0]))[-REQUESTS:]
+        requests = dict(newest)
+    return replace(state, requests=requests)
 
 
 def _with(mapping: Mapping[str, ValueT], key: str, value: ValueT) -> dict[str, ValueT]:

@@ -477,7 +477,9 @@ class Proposal(Thing):
 
     `client` is a peer's id, `boot` a number that grows with each start of that peer, `sequence` grows with
     each proposal of one boot. `time` is the coordinator's clock (seconds since 1970), stamped when it is
-    appended; it never goes back within a log.
+    appended; it never goes back within a log. `request` is KEY#STEP of the command of a person that wants it,
+    or empty: of all proposals with the same one, only the first that is not refused changes anything. `stamp`
+    is the proposer's hybrid logical clock (`proto/hlc.py`).
     """
 
     entry: AnyEntry
@@ -485,6 +487,8 @@ class Proposal(Thing):
     boot: int = 0
     sequence: int = 0
     time: float = 0.0
+    request: str = Field(default="", max_length=128)
+    stamp: int = Field(default=0, ge=0)
 
 
 def encode(proposal: Proposal) -> bytes:

@@ -25,6 +25,9 @@ from proto.entries import (
 SESSION_WINDOW = 256
 """How many of a peer's last proposals are remembered, so that a repeated one is applied once."""
 
+REQUESTS = 4096
+"""How many of the last commands' steps are remembered at least, so that one asked again is done once."""
+
 CLOSED_MIGRATIONS = 1000
 """How many closed handovers are kept; spent tokens are covered by the epoch beyond that."""
 
@@ -64,6 +67,8 @@ class State:
     next_network: int = 1
     migrations: Mapping[str, Migration] = field(default_factory=dict)
     sessions: Mapping[str, Session] = field(default_factory=dict)
+    requests: Mapping[str, int] = field(default_factory=dict)
+    """Step of a command (`Proposal.request`) → index at which it was applied."""
 
     # Looking things up as people name them.
 

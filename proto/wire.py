@@ -12,6 +12,7 @@ of the body is kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,9 @@ LIMIT_UNAUTHENTICATED = 16 << 10
 MAX_HOPS = 3
 """A request is forwarded at most this often: a guest may move while it is under way."""
 
+KEY_PATTERN = re.compile(r"[0-9a-f]{16}")
+"""What the key of a command looks like."""
+
 _HEADER = 4
 
 
@@ -38,12 +42,14 @@ class WireError(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """Ask for operation `op`. `hops` counts how often a peer has passed it on."""
+    """Ask for operation `op`. `hops` counts how often a peer has passed it on. `key` (16 hex digits, or
+    empty) names the command of which this is an attempt: another attempt, at any peer, carries the same."""
 
     id: int
     op: str
     args: dict[str, Any] = field(default_factory=dict)
     hops: int = 0
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,10 +146,12 @@ def encode(message: Message, limit: int = LIMIT) -> bytes:
 
 def _to_map(message: Message) -> dict[str, Any]:
     match message:
-        case Request(id, op, args, hops):
+        case Request(id, op, args, hops, key):
             request: dict[str, Any] = {"id": id, "op": op, "args": args}
             if hops:
                 request["hops"] = hops
+            if key:
+                request["key"] = key
             return request
         case Item(id, item):
             return {"id": id, "item": item}
@@ -207,8 +215,8 @@ def _from_map(value: Any) -> Message:
 
 
 def _request(id: int, value: dict[str, Any]) -> Request:
-    op, args, hops = value["op"], value.get("args", {}), value.get("hops", 0)
-    if set(value) - {"id", "op", "args", "hops"}:
+    op, args, hops, key = value["op"], value.get("args", {}), value.get("hops", 0), value.get("key", "")
+    if set(value) - {"id", "op", "args", "hops", "key"}:
         raise WireError("a request has unknown keys")
     if not isinstance(op, str) or not 0 < len(op) <= 64:
         raise WireError("a request's op is no short string")
@@ -216,7 +224,9 @@ def _request(id: int, value: dict[str, Any]) -> Request:
         raise WireError(f"the arguments of {op} are no map of names")
     if not isinstance(hops, int) or isinstance(hops, bool) or not 0 <= hops <= 255:
         raise WireError("a request's hops is no small integer")
-    return Request(id, op, args, hops)
+    if not isinstance(key, str) or (key and not KEY_PATTERN.fullmatch(key)):
+        raise WireError("a request's key is not 16 hex digits")
+    return Request(id, op, args, hops, key)
 
 
 def _error(value: Any) -> OperationError:

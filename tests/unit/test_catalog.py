@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from proto import entries as e
 from proto.api import OperationError
 from proto.catalog import Refused, State, apply, skip
-from proto.state import SESSION_WINDOW
+from proto.state import REQUESTS, SESSION_WINDOW
 from tests.unit.identities import known
 
 A, B, C = known("a"), known("b"), known("c")
@@ -297,6 +297,40 @@ def test_only_the_last_proposals_are_remembered(mesh: State) -> None:
     assert len(mesh.sessions[B.id].applied) <= 2 * SESSION_WINDOW
     with pytest.raises(Refused, match="came too late"):
         apply(mesh, mesh.index + 1, e.Proposal(entry=token("x"), client=B.id, boot=1, sequence=1))
+
+
+def asked(state: State, entry: e.Entry, request: str, client: str = A.id) -> State:
+    index = state.index + 1
+    return apply(state, index, e.Proposal(entry=entry, client=client, sequence=index, request=request))
+
+
+def test_a_command_s_step_is_applied_once_whoever_proposes_it(mesh: State) -> None:
+    add = e.AddGuest(guest=guest("lab/two"))
+    once = asked(mesh, add, "k#vm.run")
+    gone = run(once, e.RemoveGuest(guest="lab/two"))
+    again = asked(gone, add, "k#vm.run", client=B.id)
+    assert (again.guests, again.index) == (gone.guests, gone.index + 1)
+    assert again.requests == {"k#vm.run": once.index}
+    assert again.sessions[B.id].applied == {again.index: once.index}
+    other = asked(gone, add, "k#vm.run.2", client=B.id)
+    assert "lab/two" in other.guests
+
+
+def test_a_refused_step_may_be_asked_again(mesh: State) -> None:
+    with pytest.raises(Refused):
+        asked(mesh, e.RemoveGuest(guest="lab/other"), "k#vm.rm")
+    made = run(mesh, e.AddGuest(guest=guest("lab/other")))
+    assert "lab/other" not in asked(made, e.RemoveGuest(guest="lab/other"), "k#vm.rm").guests
+
+
+def test_the_newest_steps_are_remembered(mesh: State) -> None:
+    wanted = e.SetWanted(guest="lab/vm", wanted="running")
+    state = mesh
+    for number in range(2 * REQUESTS + 10):
+        state = asked(state, wanted, f"k#{number}")
+    assert REQUESTS <= len(state.requests) < 2 * REQUESTS
+    newest = sorted(state.requests.values())
+    assert newest == list(range(newest[0], state.index + 1))
 
 
 def test_a_refused_record_is_skipped_alike_everywhere(mesh: State) -> None:

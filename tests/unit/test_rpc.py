@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from mobid import rpc
-from mobid.operations import Caller
+from mobid.operations import Caller, taken_back
 from mobid.rpc import Client, ServedRequest, ServerConnection
 from mobid.tasks import background
 from proto import wire
@@ -96,6 +96,32 @@ async def test_leaving_a_request_cancels_it_at_the_server() -> None:
         with pytest.raises(OperationError) as caught:
             await client.call("x", timeout=0.01)
         assert caught.value.code == "timeout"
+
+
+async def test_a_request_that_is_taken_back_is_told_from_one_whose_caller_is_lost() -> None:
+    seen: list[tuple[str, bool, bool]] = []
+    began, ended = trio.Event(), trio.Event()
+
+    async def forever(request: ServedRequest, _args: dict[str, Any]) -> Any:
+        nonlocal ended
+        try:
+            began.set()
+            await trio.sleep_forever()
+        finally:
+            seen.append((request.key, request.cancelled, taken_back(request)))
+            ended.set()
+
+    for key, abandoned in (("0123456789abcdef", False), ("0123456789abcdef", True), ("", True)):
+        began, ended = trio.Event(), trio.Event()
+        async with connected(forever) as client, client.request("x", key=key) as request:
+            await began.wait()
+            request.abandoned = abandoned
+        await ended.wait()
+    assert seen == [
+        ("0123456789abcdef", True, True),
+        ("0123456789abcdef", False, False),
+        ("", False, True),
+    ]
 
 
 async def test_too_many_requests_at_once_are_refused_and_the_rest_goes_on() -> None:

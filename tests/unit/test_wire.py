@@ -19,9 +19,10 @@ values = st.recursive(
 )
 maps = st.dictionaries(st.text(max_size=10), values, max_size=4)
 ids = st.integers(0, 2**64 - 1)
+keys = st.just("") | st.text("0123456789abcdef", min_size=16, max_size=16)
 errors = st.builds(OperationError, st.sampled_from(["not-found", "failed"]), st.text(), st.text())
 messages = st.one_of(
-    st.builds(wire.Request, ids, st.text(min_size=1, max_size=64), maps, st.integers(0, 255)),
+    st.builds(wire.Request, ids, st.text(min_size=1, max_size=64), maps, st.integers(0, 255), keys),
     st.builds(wire.Item, ids, maps),
     st.builds(wire.Input, ids, maps),
     st.builds(wire.Cancel, ids),
@@ -88,6 +89,7 @@ def test_a_frame_at_the_limit_passes() -> None:
         {"id": 1, "op": "x", "args": {1: 2}},
         {"id": 1, "op": "x", "more": 1},
         {"id": 1, "op": "x", "hops": -1},
+        {"id": 1, "op": "x", "key": "0123"},
         {"id": 1, "cancel": False},
         {"id": 1, "item": []},
         {"id": 1, "item": {}, "result": 1},
