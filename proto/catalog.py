@@ -8,7 +8,7 @@ ids come with the entry or from a counter in the state.
 
 The right to run a guest is (owner, epoch). It moves only by `Handover` and then `Done` (destination, epoch
 + 1), or `Failover` (back to the source, epoch + 2), or, for a guest that runs nowhere, `MoveGuest` (epoch +
-1).
+1), or, for a guest bound to a lease that has run out, `FailOverGuest` (epoch + 1).
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from proto import entries as e
+from proto.api import OperationError
 from proto.identity import IdentityError, peer_id, public_key, verify
-from proto.state import CLOSED_MIGRATIONS, REQUESTS, SESSION_WINDOW, Refused, Session, State
+from proto.state import CLOSED_MIGRATIONS, REQUESTS, SESSION_WINDOW, Refusal, Refused, Session, State
 
-__all__ = ["Refused", "State", "applied_index", "apply", "skip"]
+__all__ = ["Refused", "State", "applied_index", "apply", "refusal", "skip"]
 
 ValueT = TypeVar("ValueT")
 
@@ -43,6 +44,13 @@ def applied_index(state: State, client: str, boot: int, sequence: int) -> int | 
     return None
 
 
+def refusal(state: State, client: str, sequence: int) -> Refused | None:
+    """Why this proposal, which `applied_index` knows, changed nothing; None if it became true."""
+    session = state.sessions.get(client)
+    words = session.refused.get(sequence) if session else None
+    return Refused(*words) if words else None
+
+
 def apply(state: State, index: int, proposal: e.Proposal) -> State:
     """The state after record `index`; raises `Refused` (then nothing changed, and `skip` gives the next
     state).
@@ -61,21 +69,37 @@ def apply(state: State, index: int, proposal: e.Proposal) -> State:
     return _remember_request(state, proposal.request)
 
 
-def skip(state: State, index: int) -> State:
-    """The state after a record that was refused."""
-    return replace(state, index=index)
+def skip(
+    state: State, index: int, proposal: e.Proposal | None = None, error: OperationError | None = None
+) -> State:
+    """The state after a record that changes nothing.
+
+    With the proposal that was refused, and why: it is remembered as refused, so that another copy of it
+    further on in the log changes nothing either.
+    """
+    state = replace(state, index=index)
+    if proposal is None or error is None:
+        return state
+    session = state.sessions.get(proposal.client, Session())
+    stale = proposal.boot < session.boot or (
+        proposal.boot == session.boot and proposal.sequence <= session.floor()
+    )
+    return state if stale else _remember(state, proposal, index, (error.code, error.message, error.hint))
 
 
-def _remember(state: State, proposal: e.Proposal, index: int) -> State:
+def _remember(state: State, proposal: e.Proposal, index: int, words: Refusal | None = None) -> State:
     if not proposal.client:
         return state
-    session = state.sessions.get(proposal.client)
-    applied = dict(session.applied) if session and session.boot == proposal.boot else {}
-    applied[proposal.sequence] = index
+    old = state.sessions.get(proposal.client)
+    session = old if old and old.boot == proposal.boot else Session(proposal.boot)
+    applied = {**session.applied, proposal.sequence: index}
+    refused = session.refused if words is None else {**session.refused, proposal.sequence: words}
     if len(applied) > 2 * SESSION_WINDOW:
         floor = max(applied) - SESSION_WINDOW
         applied = {sequence: at for sequence, at in applied.items() if sequence > floor}
-    return replace(state, sessions=_with(state.sessions, proposal.client, Session(proposal.boot, applied)))
+        refused = {sequence: why for sequence, why in refused.items() if sequence > floor}
+    session = Session(proposal.boot, applied, refused)
+    return replace(state, sessions=_with(state.sessions, proposal.client, session))
 
 
 def _remember_request(state: State, request: str) -> State:
@@ -121,7 +145,7 @@ def _found(state: State, entry: e.Found, _client: str) -> State:
         mesh=entry.mesh,
         coordinator=member.id,
         coordinator_since=state.time,
-        members={member.id: member.model_copy(update={"joined": state.time})},
+        members={member.id: member.model_copy(update={"joined": state.time, "lease": 0.0})},
     )
 
 
@@ -152,7 +176,13 @@ def _add_peer(state: State, entry: e.AddPeer, _client: str) -> State:
                 "exists", f"there is a peer named {member.name} already", "choose another name with --name"
             )
     state = _spend(state, member.token, peer=True)
-    member = member.model_copy(update={"joined": state.time, "status": "member", "draining": False})
+    update = {
+        "joined": state.time,
+        "status": "member",
+        "draining": False,
+        "lease": known.lease if known else 0.0,
+    }
+    member = member.model_copy(update=update)
     return replace(state, members=_with(state.members, member.id, member))
 
 
@@ -226,6 +256,17 @@ def _remove_peer(state: State, entry: e.RemovePeer, _client: str) -> State:
         )
         state = replace(state, guests=_with(state.guests, guest.key, lost))
     return _change_member(state, member.id, status="left")
+
+
+def _by_coordinator(client: str) -> None:
+    if client:
+        raise Refused("forbidden", "only the coordinator decides this, when a lease has run out or is set")
+
+
+def _set_lease(state: State, entry: e.SetLease, client: str) -> State:
+    _by_coordinator(client)
+    member = _member(state, entry.peer)
+    return _change_member(state, member.id, lease=max(member.lease, entry.duration))
 
 
 def _add_user(state: State, entry: e.AddUser, _client: str) -> State:
@@ -358,6 +399,11 @@ def _change_guest(catalog: State, guest: e.Guest, **update: Any) -> State:
     return replace(catalog, guests=guests)
 
 
+def _give_guest(catalog: State, guest: e.Guest, owner: str, epoch: int, **update: Any) -> State:
+    """The right to run: who gets it has applied this record, and so knows the guest's policy."""
+    return _change_guest(catalog, guest, owner=owner, epoch=epoch, held_to=guest.on_partition, **update)
+
+
 def _not_moving(state: State, key: str) -> None:
     migration = state.open_migration(key)
     if migration:
@@ -383,7 +429,7 @@ def _add_guest(state: State, entry: e.AddGuest, _client: str) -> State:
         _network(state, interface.network)
     if guest.epoch != 1:
         raise Refused("bad-argument", f"{guest.key}: a new guest has epoch 1")
-    update = {"created": state.time, "state_since": state.time}
+    update = {"created": state.time, "state_since": state.time, "held_to": guest.on_partition}
     return replace(state, guests=_with(state.guests, guest.key, guest.model_copy(update=update)))
 
 
@@ -397,6 +443,8 @@ def _change_guest_entry(state: State, entry: e.ChangeGuest, _client: str) -> Sta
     }
     for interface in entry.interfaces or ():
         _network(state, interface.network)
+    if entry.on_partition == "run":
+        update["held_to"] = "run"
     return _change_guest(state, guest, **update)
 
 
@@ -420,7 +468,7 @@ def _report(state: State, entry: e.Report, _client: str) -> State:
             f"{guest.key} belongs to {state.peer_name(guest.owner)} in epoch {guest.epoch}, "
             f"not to {state.peer_name(entry.owner)} in epoch {entry.epoch}",
         )
-    optional = {"started", "restarts", "cpu_features", "xsave_size"}
+    optional = {"started", "restarts", "cpu_features", "xsave_size", "held_to"}
     update = {name: getattr(entry, name) for name in optional if getattr(entry, name) is not None}
     return _change_guest(
         state, guest, state=entry.state, exit_reason=entry.exit_reason, message=entry.message, **update
@@ -439,7 +487,35 @@ def _move_guest(state: State, entry: e.MoveGuest, _client: str) -> State:
     owner = _member(state, entry.owner)
     if owner.draining:
         raise Refused("conflict", f"{owner.name} is being drained and takes no guests")
-    return _change_guest(state, guest, owner=entry.owner, epoch=guest.epoch + 1, state="pending")
+    return _give_guest(state, guest, entry.owner, guest.epoch + 1, state="pending")
+
+
+def _unowned(state: State, key: str, epoch: int) -> e.Guest:
+    """The guest, for a decision that the coordinator made when it was in `epoch`."""
+    guest = _guest(state, key)
+    _not_moving(state, key)
+    if guest.epoch != epoch:
+        raise Refused("conflict", f"{key} is in epoch {guest.epoch}, not {epoch}")
+    return guest
+
+
+def _fail_over_guest(state: State, entry: e.FailOverGuest, client: str) -> State:
+    _by_coordinator(client)
+    guest = _unowned(state, entry.guest, entry.epoch)
+    owner = _member(state, entry.owner)
+    if (guest.on_partition, guest.held_to) != ("freeze", "freeze"):
+        raise Refused("conflict", f"{guest.key} runs on without a lease: nothing proves that it has ended")
+    if guest.wanted != "running":
+        raise Refused("conflict", f"{guest.key} is wanted {guest.wanted}, not running")
+    if owner.id == guest.owner or owner.draining:
+        raise Refused("conflict", f"{owner.name} cannot take {guest.key} over")
+    return _give_guest(state, guest, owner.id, guest.epoch + 1, state="pending", message=entry.reason)
+
+
+def _mark_guest(state: State, entry: e.MarkGuest, client: str) -> State:
+    _by_coordinator(client)
+    guest = _unowned(state, entry.guest, entry.epoch)
+    return _change_guest(state, guest, state=entry.state, message=entry.message)
 
 
 # Handovers.
@@ -498,9 +574,8 @@ def _done(state: State, entry: e.Done, client: str) -> State:
     migration, guest = _open(state, entry.migration)
     if client != migration.destination:
         raise Refused("forbidden", f"only the destination can end migration {migration.id} well")
-    state = _change_guest(
-        state, guest, owner=migration.destination, epoch=migration.epoch + 1, state="running", message=""
-    )
+    epoch = migration.epoch + 1
+    state = _give_guest(state, guest, migration.destination, epoch, state="running", message="")
     return _close(state, migration, state="done")
 
 
@@ -522,7 +597,7 @@ def _cancel(state: State, entry: e.Cancel, client: str) -> State:
 
 def _failover(state: State, entry: e.Failover, _client: str) -> State:
     migration, guest = _open(state, entry.migration)
-    state = _change_guest(state, guest, owner=migration.source, epoch=migration.epoch + 2)
+    state = _give_guest(state, guest, migration.source, migration.epoch + 2)
     return _close(state, migration, state="failed-over", reason=entry.reason)
 
 
@@ -532,6 +607,7 @@ _TRANSITIONS: dict[type[e.Entry], Callable[[State, Any, str], State]] = {
     e.UpdatePeer: _update_peer,
     e.DrainPeer: _drain_peer,
     e.RemovePeer: _remove_peer,
+    e.SetLease: _set_lease,
     e.AddUser: _add_user,
     e.RemoveUser: _remove_user,
     e.AddToken: _add_token,
@@ -548,6 +624,8 @@ _TRANSITIONS: dict[type[e.Entry], Callable[[State, Any, str], State]] = {
     e.SetWanted: _set_wanted,
     e.Report: _report,
     e.MoveGuest: _move_guest,
+    e.FailOverGuest: _fail_over_guest,
+    e.MarkGuest: _mark_guest,
     e.Handover: _handover,
     e.Done: _done,
     e.Cancel: _cancel,

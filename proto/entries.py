@@ -73,6 +73,8 @@ class Member(Thing):
     draining: bool = False
     token: str = ""
     joined: float = 0.0
+    lease: float = Field(default=0.0, ge=0.0)
+    """Seconds of the longest lease this peer may ever have been granted; it never falls."""
 
 
 class User(Thing):
@@ -112,7 +114,9 @@ class Guest(Thing):
 
     `key` is LAB/NAME; `id` is a short name without meaning that never comes back (directories are named by
     it). `owner` is a peer's id, and with `epoch` it is the right to run: whoever acts for the guest with
-    another epoch is wrong. `wanted` is what people asked for, `state` what the owner saw.
+    another epoch is wrong. `wanted` is what people asked for, `state` what the owner saw. `held_to` is the
+    policy that its owner is known to carry out: one that has not heard yet of a change to `freeze` runs on
+    when its lease is out, so that the guest must not be failed over.
     """
 
     key: str
@@ -134,6 +138,7 @@ class Guest(Thing):
     message: str = ""
     restarts: int = 0
     on_partition: Literal["run", "freeze"] = "run"
+    held_to: Literal["run", "freeze"] = "run"
     restart_policy: RestartPolicy = "on-failure"
     cpu_cap: str = ""
     cpu_features: tuple[str, ...] = ()
@@ -255,6 +260,14 @@ class RemovePeer(Entry):
     force: bool = False
 
 
+class SetLease(Entry):
+    """A peer may be granted leases of `duration` seconds. Only the coordinator decides it; the longest stays."""
+
+    kind: Literal["set-lease"] = "set-lease"
+    peer: str
+    duration: Annotated[float, Field(gt=0.0, le=3600.0)]
+
+
 class AddUser(Entry):
     """A user's key is enrolled; one use of `user.token` is spent, and the token decides the role."""
 
@@ -366,7 +379,8 @@ class SetWanted(Entry):
 class Report(Entry):
     """What the owner saw; a report with another owner or epoch than the catalog's is refused (`conflict`).
 
-    None leaves a field as it is. `cpu_features` and `xsave_size` are those of the host that booted it.
+    None leaves a field as it is. `cpu_features` and `xsave_size` are those of the host that booted it;
+    `held_to` is the policy that its processes are held to from now on, after a change of `on_partition`.
     """
 
     kind: Literal["report"] = "report"
@@ -380,6 +394,7 @@ class Report(Entry):
     restarts: int | None = None
     cpu_features: tuple[str, ...] | None = None
     xsave_size: int | None = None
+    held_to: Literal["run", "freeze"] | None = None
 
 
 class MoveGuest(Entry):
@@ -389,6 +404,31 @@ class MoveGuest(Entry):
     guest: str
     epoch: int
     owner: str
+
+
+class FailOverGuest(Entry):
+    """A lease-bound guest of a peer whose lease has run out starts anew at `owner`, one epoch later.
+
+    Only the coordinator decides it, once that lease is out by every clock. `source` says from what the
+    guest is made again.
+    """
+
+    kind: Literal["fail-over-guest"] = "fail-over-guest"
+    guest: str
+    epoch: int
+    owner: str
+    reason: str = ""
+    source: Literal["image"] = "image"
+
+
+class MarkGuest(Entry):
+    """What is known of a guest whose owner cannot report: the coordinator's word in its place."""
+
+    kind: Literal["mark-guest"] = "mark-guest"
+    guest: str
+    epoch: int
+    state: Literal["fenced", "lost"]
+    message: str = ""
 
 
 class Handover(Entry):
@@ -446,6 +486,7 @@ AnyEntry = Annotated[
     | UpdatePeer
     | DrainPeer
     | RemovePeer
+    | SetLease
     | AddUser
     | RemoveUser
     | AddToken
@@ -462,6 +503,8 @@ AnyEntry = Annotated[
     | SetWanted
     | Report
     | MoveGuest
+    | FailOverGuest
+    | MarkGuest
     | Handover
     | Done
     | Cancel
@@ -476,10 +519,11 @@ class Proposal(Thing):
     """An entry and who proposes it, so that a proposal sent twice is applied once.
 
     `client` is a peer's id, `boot` a number that grows with each start of that peer, `sequence` grows with
-    each proposal of one boot. `time` is the coordinator's clock (seconds since 1970), stamped when it is
-    appended; it never goes back within a log. `request` is KEY#STEP of the command of a person that wants it,
-    or empty: of all proposals with the same one, only the first that is not refused changes anything. `stamp`
-    is the proposer's hybrid logical clock (`proto/hlc.py`).
+    each proposal of one boot. `client` is empty for what the coordinator itself decides; `boot` is then its
+    term, and such a proposal is sent only once. `time` is the coordinator's clock (seconds since 1970),
+    stamped when it is appended; it never goes back within a log. `request` is KEY#STEP of the command of a
+    person that wants it, or empty: of all proposals with the same one, only the first that is not refused
+    changes anything. `stamp` is the proposer's hybrid logical clock (`proto/hlc.py`).
     """
 
     entry: AnyEntry

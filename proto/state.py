@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from proto.api import OperationError
+from proto.api import ErrorCode, OperationError
 from proto.entries import (
     Guest,
     Lab,
@@ -36,12 +36,21 @@ class Refused(OperationError):
     """An entry that cannot become true; the state is as before. Its text is for people."""
 
 
+Refusal = tuple[ErrorCode, str, str]
+"""The code, message and hint of an `OperationError`."""
+
+
 @dataclass(frozen=True)
 class Session:
-    """What has been applied of one peer's proposals since its last start: (sequence → index)."""
+    """What has been decided of one peer's proposals since its last start.
+
+    `applied`: sequence → index at which it was decided; `refused`: of these, the ones that changed nothing,
+    and why.
+    """
 
     boot: int = 0
     applied: Mapping[int, int] = field(default_factory=dict)
+    refused: Mapping[int, Refusal] = field(default_factory=dict)
 
     def floor(self) -> int:
         """Sequences up to here are forgotten and refused; a peer has far fewer outstanding at once."""
