@@ -261,7 +261,10 @@ class RemovePeer(Entry):
 
 
 class SetLease(Entry):
-    """A peer may be granted leases of `duration` seconds. Only the coordinator decides it; the longest stays."""
+    """A peer may be granted leases of `duration` seconds; the longest ever allowed stays.
+
+    Only the coordinator decides it.
+    """
 
     kind: Literal["set-lease"] = "set-lease"
     peer: str

@@ -41,9 +41,10 @@ Message = messages.Message | LeaseMessage | Forward
 
 @dataclass(frozen=True, slots=True)
 class Proposed:
-    """This peer wants an entry: `proposal` has its client (this peer), boot and sequence.
+    """This peer wants an entry: `proposal` has its client (this peer), boot and sequence (from 1, growing).
 
-    `Applied` with the same three says what became of it; it is sent again until then, or until `Dropped`.
+    `Applied` with the same three says what became of it; it is sent again until then, or until `GivenUp`.
+    With an empty client it is the coordinator's own decision: tried once, and only if this peer leads.
     """
 
     proposal: Proposal
@@ -55,6 +56,14 @@ class GivenUp:
     """Nobody waits for this proposal any more; do not send it again (it may still become true)."""
 
     sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wall:
+    """What the wall clock shows now. Once at the start and again every minute or so is enough: in between,
+    and for proposals of others, the machine counts on with CLOCK_BOOTTIME."""
+
+    wall: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +96,18 @@ class Sighted:
 @dataclass(frozen=True, slots=True)
 class Applied:
     """Record `index` was applied. `proposal` is None for records that are no commands; `refused` says why
-    an entry changed nothing. `state` is the state after it."""
+    an entry changed nothing. `state` is the state after it.
+
+    `repeated`: the entry changed nothing now, since it was decided at `index` or before; `refused` is what
+    was decided then. After `Restored` there is one of these, with the index of the decision, for each
+    proposal of this peer that was decided in the records not seen.
+    """
 
     index: int
     proposal: Proposal | None
     refused: OperationError | None
     state: State
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +146,18 @@ class Settings:
     """A voter that looks dead for so long is replaced, if another member can take its place."""
 
 
-Event = raft.Received | Woken | Persisted | raft.Read | raft.TransferTo | Proposed | GivenUp | Fence | Sighted
+Event = (
+    raft.Received
+    | Woken
+    | Persisted
+    | raft.Read
+    | raft.TransferTo
+    | Proposed
+    | GivenUp
+    | Wall
+    | Fence
+    | Sighted
+)
 
 Effect = (
     Send
