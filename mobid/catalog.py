@@ -101,7 +101,7 @@ class Catalog:
         self._own = own
         self._links = links
         self._clock = clock
-        self._file = LogFile(path)
+        self._file = LogFile(path) if path.exists() else LogFile.create(path)
         self._state = bootstrap or State()
         self._applied: list[entries.Proposal | None] = []
         self._records: list[Record] = []
@@ -141,8 +141,12 @@ class Catalog:
         self._state = State()
         first = entries.Proposal(entry=entries.Found(mesh=mesh, member=member), time=self._clock())
         record = self._made(self._state, first)
-        self._file.append([record])
+        self._keep([record])
         self._take(record)
+
+    def _keep(self, records: list[Record]) -> None:
+        self._file.append(records)
+        self._file.sync()
 
     # Reading.
 
@@ -261,7 +265,7 @@ class Catalog:
                 pending.error = error
         try:
             if records:
-                await trio.to_thread.run_sync(self._file.append, records)
+                await trio.to_thread.run_sync(self._keep, records)
         except OperationError as error:
             for pending in batch:
                 pending.error = pending.error or error
@@ -359,7 +363,7 @@ class Catalog:
             if record.index != len(self._records) + 1 + place:
                 raise OperationError("failed", f"record {record.index} of the catalog came out of order")
             entries.decode(record.payload)
-        await trio.to_thread.run_sync(self._file.append, records)
+        await trio.to_thread.run_sync(self._keep, records)
         for record in records:
             self._take(record)
 

@@ -16,7 +16,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,7 +215,7 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
     Raises `OperationError`, `no-room` when the disk is full; the old content is there then.
     """
     try:
-        _replace(path, data, mode)
+        replace_file(path, [data], mode)
     except OSError as error:
         raise unwritable(path, error) from None
 
@@ -228,12 +228,13 @@ def unwritable(path: Path, error: OSError) -> OperationError:
     return OperationError("no-room" if full else "failed", f"{path} cannot be written: {reason}", mend)
 
 
-def _replace(path: Path, data: bytes, mode: int) -> None:
+def replace_file(path: Path, parts: Iterable[bytes], mode: int) -> None:
+    """Replace a file as a whole by these bytes, durably; after an `OSError` the old content is there."""
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as file:
             os.fchmod(fd, mode)
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(fd)
         os.rename(temporary, path)
