@@ -8,7 +8,6 @@ peer where it lives.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -23,7 +22,7 @@ from mobid.catalog import Catalog
 from mobid.guests import Guests
 from mobid.images import Images
 from mobid.links import Links
-from mobid.operations import Request, operation
+from mobid.operations import Request, made_id, operation, step, taken_back
 from mobid.placing import hosts, place_one
 from mobid.tasks import background
 from proto import api, deploy, entries
@@ -84,13 +83,34 @@ class GuestOperations:
     @operation("vm.run", role="operator", args=api.VmRun, timeout=None)
     async def run(self, request: Request, args: api.VmRun) -> dict[str, Any]:
         """Make one guest of an image and wait until it runs; if that fails nothing of it is left."""
+        id = made_id(request, "guest", 8)
+        if self._catalog.applied(step(request)) is None:
+            guest = await self._new_guest(args, id)
+            await self._catalog.propose(entries.AddGuest(guest=guest), request=step(request))
+        made = [guest for guest in self._catalog.state.guests.values() if guest.id == id]
+        if not made:
+            raise OperationError("not-found", "the guest was removed meanwhile")
+        try:
+            await request.item({"stage": "starting", "guest": made[0].key, "state": made[0].state})
+            return self._row(await self._settled(made[0].key, "running", ("running",)))
+        except BaseException as error:
+            if not isinstance(error, trio.Cancelled) or taken_back(request):
+                with (
+                    trio.CancelScope(shield=True),
+                    trio.move_on_after(GONE_TIMEOUT),
+                    suppress(OperationError),
+                ):
+                    await self._remove(made[0])
+            raise
+
+    async def _new_guest(self, args: api.VmRun, id: str) -> entries.Guest:
         image, digest = await self._images.resolve(args.image)
         state = self._catalog.state
         memory = _whole_pages(args.memory or DEFAULT_MEMORY)
         owner = place_one(args.place, memory, await hosts(self._catalog, self._links), state)
-        guest = entries.Guest(
+        return entries.Guest(
             key=f"{DEFAULT_LAB}/{args.name or _free_name(state, image)}",
-            id=secrets.token_hex(4),
+            id=id,
             image=image,
             image_hash=digest,
             memory=memory,
@@ -98,18 +118,13 @@ class GuestOperations:
             cpus=args.cpus,
             owner=owner,
         )
-        await self._catalog.propose(entries.AddGuest(guest=guest))
-        try:
-            await request.item({"stage": "starting", "guest": guest.key, "state": "pending"})
-            return self._row(await self._settled(guest.key, "running", ("running",)))
-        except BaseException:
-            with trio.CancelScope(shield=True), trio.move_on_after(GONE_TIMEOUT):
-                await self._remove(guest)
-            raise
 
     @operation("vm.rm", role="operator", args=api.VmForce, timeout=CHANGE_TIMEOUT)
-    async def rm(self, _request: Request, args: api.VmForce) -> dict[str, Any]:
+    async def rm(self, request: Request, args: api.VmForce) -> dict[str, Any]:
         """Remove a guest and its disks; one that runs only with `force`."""
+        if self._catalog.applied(step(request)) is not None:
+            lab, _, name = args.vm.rpartition("/")
+            return {"vm": name, "lab": lab or DEFAULT_LAB}
         guest = self._catalog.state.find_guest(args.vm)
         if guest.state in ("running", "paused", "migrating", "starting") and not args.force:
             raise OperationError(
@@ -117,11 +132,11 @@ class GuestOperations:
                 f"{guest.key} is {guest.state}",
                 f"stop it first, or: mobictl vm rm {guest.key} --force",
             )
-        await self._remove(guest)
+        await self._remove(guest, step(request))
         return {"vm": guest.name, "lab": guest.lab}
 
-    async def _remove(self, guest: entries.Guest) -> None:
-        await self._catalog.propose(entries.RemoveGuest(guest=guest.key))
+    async def _remove(self, guest: entries.Guest, request: str = "") -> None:
+        await self._catalog.propose(entries.RemoveGuest(guest=guest.key), request=request)
         await wait_gone(self._links, {guest.owner: (guest.id,)})
 
     @operation("guest.gone", role="peer", args=GuestGone, timeout=GONE_TIMEOUT)
@@ -135,46 +150,48 @@ class GuestOperations:
     # Changing what is wanted.
 
     @operation("vm.start", role="operator", args=api.VmArguments, route="guest", timeout=CHANGE_TIMEOUT)
-    async def start(self, _request: Request, args: api.VmArguments) -> dict[str, Any]:
+    async def start(self, request: Request, args: api.VmArguments) -> dict[str, Any]:
         """Start a guest that was stopped, or that has ended."""
-        return self._row(await self._want(args.vm, "running", ("running",)))
+        return self._row(await self._want(args.vm, "running", ("running",), step(request)))
 
     @operation("vm.stop", role="operator", args=api.VmForce, route="guest", timeout=CHANGE_TIMEOUT)
-    async def stop(self, _request: Request, args: api.VmForce) -> dict[str, Any]:
+    async def stop(self, request: Request, args: api.VmForce) -> dict[str, Any]:
         """Ask a guest to power off and kill it if it does not; with `force` kill it at once."""
-        return self._row(await self._stop(args))
+        return self._row(await self._stop(args, step(request)))
 
     @operation("vm.restart", role="operator", args=api.VmForce, route="guest", timeout=2 * CHANGE_TIMEOUT)
-    async def restart(self, _request: Request, args: api.VmForce) -> dict[str, Any]:
+    async def restart(self, request: Request, args: api.VmForce) -> dict[str, Any]:
         """Stop a guest and start it again."""
-        await self._stop(args)
-        return self._row(await self._want(args.vm, "running", ("running",)))
+        started = step(request, "vm.restart.start")
+        if self._catalog.applied(started) is None:
+            await self._stop(args, step(request))
+        return self._row(await self._want(args.vm, "running", ("running",), started))
 
     @operation("vm.pause", role="operator", args=api.VmArguments, route="guest", timeout=CHANGE_TIMEOUT)
-    async def pause(self, _request: Request, args: api.VmArguments) -> dict[str, Any]:
+    async def pause(self, request: Request, args: api.VmArguments) -> dict[str, Any]:
         """Freeze a guest where it is."""
         self._must_be(args.vm, ("running", "paused"))
-        return self._row(await self._want(args.vm, "paused", ("paused",)))
+        return self._row(await self._want(args.vm, "paused", ("paused",), step(request)))
 
     @operation("vm.resume", role="operator", args=api.VmArguments, route="guest", timeout=CHANGE_TIMEOUT)
-    async def resume(self, _request: Request, args: api.VmArguments) -> dict[str, Any]:
+    async def resume(self, request: Request, args: api.VmArguments) -> dict[str, Any]:
         """Let a paused guest go on."""
         self._must_be(args.vm, ("running", "paused"))
-        return self._row(await self._want(args.vm, "running", ("running",)))
+        return self._row(await self._want(args.vm, "running", ("running",), step(request)))
 
-    async def _stop(self, args: api.VmForce) -> entries.Guest:
+    async def _stop(self, args: api.VmForce, request: str) -> entries.Guest:
         keeper = self._guests.keeper(args.vm)
         if keeper is not None and args.force:
             keeper.force = True
             keeper.wake()
-        return await self._want(args.vm, "stopped", ("stopped", "failed"))
+        return await self._want(args.vm, "stopped", ("stopped", "failed"), request)
 
     async def _want(
-        self, key: str, wanted: entries.WantedState, states: tuple[entries.GuestState, ...]
+        self, key: str, wanted: entries.WantedState, states: tuple[entries.GuestState, ...], request: str
     ) -> entries.Guest:
         guest = self._catalog.state.guests.get(key)
         if guest is None or guest.wanted != wanted:
-            await self._catalog.propose(entries.SetWanted(guest=key, wanted=wanted))
+            await self._catalog.propose(entries.SetWanted(guest=key, wanted=wanted), request=request)
         return await self._settled(key, wanted, states)
 
     async def _settled(

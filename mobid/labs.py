@@ -21,7 +21,7 @@ from mobid.catalog import Catalog
 from mobid.guest_ops import wait_gone
 from mobid.images import Images
 from mobid.links import Links
-from mobid.operations import Request, operation
+from mobid.operations import Request, operation, step, taken_back
 from mobid.placing import hosts
 from proto import api, deploy, entries
 from proto.api import OperationError
@@ -62,22 +62,30 @@ class Labs:
     async def up(self, request: Request, args: api.LabFile) -> dict[str, Any]:
         """Deploy a lab: items `{stage, guest, state}`, result `{lab, guests}`."""
         await request.item({"stage": "checking", "guest": None, "state": None})
-        lab, choices = await self._planned(args)
-        macs = deploy.taken_macs(self._catalog.state)
-        await self._catalog.propose(deploy.lab_entries(lab, args.source, choices, macs), timeout=30)
+        name = await self._make(request, args)
         try:
             with trio.fail_after(UP_TIMEOUT):
-                await self._watch_start(request, lab.name)
+                await self._watch_start(request, name)
         except trio.TooSlowError:
-            error = OperationError("timeout", self._waiting_for(lab.name))
-            raise await self._rolled_back(lab.name, error) from None
+            error = OperationError("timeout", self._waiting_for(name))
+            raise await self._rolled_back(name, error) from None
         except OperationError as error:
-            raise await self._rolled_back(lab.name, error) from None
+            raise await self._rolled_back(name, error) from None
         except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._take_down(lab.name)
+            if taken_back(request):
+                with trio.CancelScope(shield=True):
+                    await self._take_down(name)
             raise
-        return self._shown(lab.name)
+        return self._shown(name)
+
+    async def _make(self, request: Request, args: api.LabFile) -> str:
+        """Write the lab into the catalog, unless an earlier attempt of the command has; its name."""
+        if self._catalog.applied(step(request)) is not None:
+            return read_lab(args.lab).name
+        lab, choices = await self._planned(args)
+        batch = deploy.lab_entries(lab, args.source, choices, deploy.taken_macs(self._catalog.state))
+        await self._catalog.propose(batch, timeout=30, request=step(request))
+        return lab.name
 
     async def _planned(self, args: api.LabFile) -> tuple[Lab, deploy.Choices]:
         """Everything that can be known beforehand. Raises `OperationError` with all that is wrong."""
@@ -166,18 +174,18 @@ class Labs:
     # Removing.
 
     @operation("lab.down", role="operator", args=api.LabArguments, timeout=None)
-    async def down(self, _request: Request, args: api.LabArguments) -> dict[str, Any]:
+    async def down(self, request: Request, args: api.LabArguments) -> dict[str, Any]:
         """End and remove all guests of a lab, its networks and the lab: `{lab, guests, unconfirmed}`."""
         state = self._catalog.state
-        if args.lab not in state.labs and not _guests_of(state, args.lab):
+        if self._catalog.applied(step(request)) is None and not _guests_of(state, args.lab):
             state.find_lab(args.lab)
         count = len(_guests_of(state, args.lab))
         with trio.CancelScope(shield=True), trio.move_on_after(DOWN_TIMEOUT):
-            silent = await self._remove(args.lab)
+            silent = await self._remove(args.lab, step(request))
             return {"lab": args.lab, "guests": count, "unconfirmed": silent}
         raise OperationError("timeout", f"the guests of {args.lab} did not end in time", "try again")
 
-    async def _remove(self, lab: str) -> list[str]:
+    async def _remove(self, lab: str, request: str = "") -> list[str]:
         """Remove everything of a lab and wait for the owners; the names of those that did not confirm."""
         state = self._catalog.state
         batch = deploy.removal_entries(state, lab)
@@ -186,7 +194,7 @@ class Labs:
         owners: dict[str, tuple[str, ...]] = {}
         for guest in _guests_of(state, lab):
             owners[guest.owner] = (*owners.get(guest.owner, ()), guest.id)
-        await self._catalog.propose(batch, timeout=30)
+        await self._catalog.propose(batch, timeout=30, request=request)
         return [state.peer_name(peer) for peer in await wait_gone(self._links, owners)]
 
     # Looking.

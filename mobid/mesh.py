@@ -17,10 +17,12 @@ from typing import Any
 from mobid.catalog import Catalog
 from mobid.identity import Identity
 from mobid.links import Links
-from mobid.operations import Request, operation
+from mobid.operations import Request, made_id, operation, step
 from proto import api, entries, tokens
 from proto.api import OperationError
 from proto.identity import IdentityError, peer_id, public_key
+
+TOKEN_ATTEMPTS = 10
 
 
 class Mesh:
@@ -109,20 +111,32 @@ class Mesh:
     # Tokens.
 
     @operation("peer.token.new", role="admin", args=api.TokenNew)
-    async def token_new(self, _request: Request, args: api.TokenNew) -> dict[str, Any]:
-        """Make a token; its text is shown once and kept nowhere."""
-        id, secret = secrets.token_hex(4), secrets.token_bytes(tokens.SECRET_SIZE)
-        expires = time.time() + args.ttl
+    async def token_new(self, request: Request, args: api.TokenNew) -> dict[str, Any]:
+        """Make a token; its text is shown once and kept nowhere.
+
+        The secret of an earlier attempt of the same command is lost with its answer: that token is revoked.
+        """
+        secret, expires = secrets.token_bytes(tokens.SECRET_SIZE), time.time() + args.ttl
+        earlier: list[entries.AnyEntry] = []
+        for attempt in range(TOKEN_ATTEMPTS):
+            id = made_id(request, f"token.{attempt}", 8)
+            kept = entries.Token(
+                id=id,
+                secret_hash=tokens.hash_secret(id, secret),
+                role=args.role,
+                uses=args.uses,
+                expires=expires,
+                created_by=self._catalog.state.peer_name(self._identity.id),
+            )
+            batch = entries.Batch(entries=(*earlier, entries.AddToken(token=kept)))
+            await self._catalog.propose(batch, request=step(request, f"token.{attempt}"))
+            if self._catalog.state.tokens.get(id) == kept:
+                return self._new_token(id, secret, args, expires)
+            earlier = [entries.RevokeToken(token=id)]
+        raise OperationError("conflict", "this command was asked too often", "ask for a token anew")
+
+    def _new_token(self, id: str, secret: bytes, args: api.TokenNew, expires: float) -> dict[str, Any]:
         state = self._catalog.state
-        kept = entries.Token(
-            id=id,
-            secret_hash=tokens.hash_secret(id, secret),
-            role=args.role,
-            uses=args.uses,
-            expires=expires,
-            created_by=state.peer_name(self._identity.id),
-        )
-        await self._catalog.propose(entries.AddToken(token=kept))
         doors = dict.fromkeys((self._identity.id, state.coordinator))
         members = [state.members[peer] for peer in doors if peer in state.members]
         text = tokens.encode(
@@ -154,10 +168,10 @@ class Mesh:
         ]
 
     @operation("peer.token.revoke", role="admin", args=api.TokenRevoke)
-    async def token_revoke(self, _request: Request, args: api.TokenRevoke) -> dict[str, Any]:
+    async def token_revoke(self, request: Request, args: api.TokenRevoke) -> dict[str, Any]:
         """Make a token worthless; who came in with it stays."""
         id = tokens.decode(args.token).id if args.token.startswith(tokens.PREFIX) else args.token
-        await self._catalog.propose(entries.RevokeToken(token=id))
+        await self._catalog.propose(entries.RevokeToken(token=id), request=step(request))
         return {"id": id, "state": "revoked"}
 
     # Coming in.
@@ -239,11 +253,17 @@ class Mesh:
         return self._shown(self._catalog.state.members[member.id])
 
     @operation("peer.evict", role="admin", args=api.PeerArguments)
-    async def evict(self, _request: Request, args: api.PeerArguments) -> dict[str, Any]:
+    async def evict(self, request: Request, args: api.PeerArguments) -> dict[str, Any]:
         """A member's key opens nothing any more; its guests are lost."""
-        member = self._catalog.state.find_peer(args.peer)
-        await self._catalog.propose(entries.RemovePeer(peer=member.id, force=True))
-        return self._shown(self._catalog.state.members[member.id])
+        if self._catalog.applied(step(request)) is None:
+            member = self._catalog.state.find_peer(args.peer)
+            entry = entries.RemovePeer(peer=member.id, force=True)
+            await self._catalog.propose(entry, request=step(request))
+            return self._shown(self._catalog.state.members[member.id])
+        for member in self._catalog.state.members.values():
+            if args.peer in (member.name, member.id):
+                return self._shown(member)
+        raise OperationError("not-found", f"there is no peer {args.peer!r} any more")
 
 
 def _token_state(token: entries.Token, now: float) -> str:

@@ -8,8 +8,8 @@ handovers of the log. The peer that coordinates also sees to it that a handover 
 
 from __future__ import annotations
 
-import secrets
 import time
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import structlog
@@ -22,8 +22,9 @@ from mobid.helpers import HelperError
 from mobid.links import Links
 from mobid.migration_incoming import Incoming, Plan, sync_disks
 from mobid.migration_outgoing import Outgoing, Wishes
+from mobid.migration_record import Records, of_log
 from mobid.migration_shell import Shell, Surroundings
-from mobid.operations import Request, operation
+from mobid.operations import Request, made_id, operation, step
 from proto import admission, api, entries
 from proto import handover_events as ev
 from proto.agent import AgentError
@@ -47,7 +48,7 @@ Bytes = Annotated[int, Field(gt=0, lt=2**44)]
 
 
 class MigrationArguments(Arguments):
-    """`migration.opened`, `.settle`, `.durable`, `.probe`, `.lost`."""
+    """`migration.opened`, `.settle`, `.durable`, `.probe`, `.lost`, `.watch`."""
 
     migration: MigrationId
 
@@ -75,6 +76,8 @@ class Migrations:
         self._links: Links = around.links
         self._shells: dict[str, Shell] = {}
         self._watched: set[str] = set()
+        self._beginning: dict[str, trio.Event] = {}
+        self._records = Records()
         self._nursery: trio.Nursery | None = None
 
     async def run(self) -> None:
@@ -102,12 +105,24 @@ class Migrations:
     async def migrate(self, request: Request, args: api.VmMigrate) -> dict[str, Any]:
         """Move a running guest live; items are progress, the result is the record (`proto/README.md`).
 
-        The migration goes on if the caller does not wait for it.
+        The migration goes on if the caller does not wait for it, and who asks again sees the same one.
         """
         _check_mode(args)
+        id = made_id(request, "migration", 32)
+        if id in self._beginning:
+            await self._beginning[id].wait()
+        if id not in self._catalog.state.migrations:
+            self._beginning[id] = trio.Event()
+            try:
+                with trio.CancelScope(shield=True):
+                    await self._begin(id, args)
+            finally:
+                self._beginning.pop(id).set()
+        return await self._watch_source(request, id)
+
+    async def _begin(self, id: str, args: api.VmMigrate) -> None:
         state = self._catalog.state
         guest, to = state.find_guest(args.vm), state.find_peer(args.to)
-        id = secrets.token_hex(16)
         entry = admission.open_handover(state, guest, to, id, time.time() + args.deadline + HANDOVER_SLACK)
         local = await self._around.guests.hold(guest.key, id)
         outgoing: Outgoing | None = None
@@ -116,12 +131,37 @@ class Migrations:
             outgoing = self._begin_outgoing(id, local, args)
         finally:
             if outgoing is None:
-                with trio.CancelScope(shield=True):
-                    await self._give_back(id, local)
+                await self._give_back(id, local)
         self._around.events.emit("migration.started", id=id, guest=guest.key, to=to.name)
-        async for item in outgoing.watch():
-            await request.item(item)
-        return outgoing.record()
+
+    async def _watch_source(self, request: Request, id: str) -> dict[str, Any]:
+        """Pass on what the source of a migration tells; if it is gone, what the log says at the end."""
+        source = self._catalog.state.migrations[id].source
+        if source == self._me:
+            return await self.watch(request, MigrationArguments(migration=id))
+        args = MigrationArguments(migration=id)
+        with suppress(OperationError):
+            async with self._links.stream(source, "migration.watch", args) as stream:
+                async for item in stream:
+                    await request.item(item)
+                return dict(await stream.result())
+        return await self._told_by_log(id)
+
+    @operation("migration.watch", role="peer", args=MigrationArguments, timeout=None)
+    async def watch(self, request: Request, args: MigrationArguments) -> dict[str, Any]:
+        """At the source: every item of a migration from its first on, and its record."""
+        shell = self._shells.get(args.migration)
+        if isinstance(shell, Outgoing):
+            async for item in shell.watch():
+                await request.item(item)
+            return shell.record()
+        return self._records.get(args.migration) or await self._told_by_log(args.migration)
+
+    async def _told_by_log(self, id: str) -> dict[str, Any]:
+        state = await self._catalog.wait(lambda s: id not in s.migrations or s.migrations[id].state != "open")
+        if id not in state.migrations:
+            raise OperationError("not-found", "this move is so long ago that nothing is known of it")
+        return of_log(state.migrations[id], state)
 
     def _begin_outgoing(self, id: str, local: LocalGuest, args: api.VmMigrate) -> Outgoing:
         wishes = Wishes(
@@ -141,16 +181,18 @@ class Migrations:
             await self._around.guests.unhold(local)
 
     @operation("vm.adopt", role="admin", args=api.VmArguments, route="coordinator")
-    async def adopt(self, _request: Request, args: api.VmArguments) -> dict[str, Any]:
+    async def adopt(self, request: Request, args: api.VmArguments) -> dict[str, Any]:
         """An operator's word that a destination which is out of reach will never run the guest: the frozen
         copy at the source goes on.
         """
         state = self._catalog.state
         guest = state.find_guest(args.vm)
         migration = state.open_migration(guest.key)
+        if migration is None and self._catalog.applied(step(request)) is not None:
+            return {"vm": guest.name, "lab": guest.lab, "peer": state.peer_name(guest.owner)}
         if migration is None:
             raise OperationError("conflict", f"{guest.key} is not being migrated")
-        await fail_over(self._around, migration, ev.Adopt())
+        await fail_over(self._around, migration, ev.Adopt(), step(request))
         return {"vm": guest.name, "lab": guest.lab, "peer": state.peer_name(migration.source)}
 
     # Asked by peers.
@@ -240,6 +282,8 @@ class Migrations:
         id = shell.migration.id
         try:
             await shell.run(first)
+            if isinstance(shell, Outgoing):
+                self._records.put(id, shell.record())
         except Exception as error:
             # Notes and hold stay: the guest is as it is, and the next process takes it up.
             log.exception("migration.broken", id=id)
@@ -372,11 +416,13 @@ class _Watch:
             log.info("migration.not.settled", id=self._migration.id, peer=peer, reason=error.message)
 
 
-async def fail_over(around: Surroundings, migration: entries.Migration, why: ev.CopyLost | ev.Adopt) -> None:
+async def fail_over(
+    around: Surroundings, migration: entries.Migration, why: ev.CopyLost | ev.Adopt, request: str = ""
+) -> None:
     """Commit what the coordinator's machine says to this; raises `OperationError`."""
     for effect in Coordinator(migration, failover=False).handle(why, time.time()):
         if isinstance(effect, ev.Propose):
-            await around.catalog.propose(effect.entry)
+            await around.catalog.propose(effect.entry, request=request)
 
 
 def _check_mode(args: api.VmMigrate) -> None:
