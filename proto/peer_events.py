@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from proto.api import OperationError
 from proto.entries import Entry, Proposal
 from proto.lease_events import Deadline, LeaseMessage, PeerFound, PeerLost
-from proto.liveness import Reach
 from proto.machine import Persisted, Send, WakeAt, Woken
 from proto.raft import events as raft
 from proto.raft import messages
 from proto.state import State
+from proto.swim.packets import Reach
 
 # Messages.
 
