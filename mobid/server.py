@@ -26,6 +26,7 @@ import trio
 from mobid import rpc, tls
 from mobid.bulk import Bulk
 from mobid.identity import Identity
+from mobid.mail import PROTOCOL, Mail
 from mobid.operations import Caller
 from mobid.signal import Changed
 from proto.api import OperationError, Role
@@ -106,13 +107,21 @@ class Server:
     """Accepts connections and gives each its caller."""
 
     def __init__(
-        self, identity: Identity, state: Callable[[], State], changed: Changed, run: rpc.Runner, bulk: Bulk
+        self,
+        identity: Identity,
+        state: Callable[[], State],
+        changed: Changed,
+        run: rpc.Runner,
+        bulk: Bulk,
+        *,
+        mail: Mail | None = None,
     ) -> None:
         self._identity = identity
         self._state = state
         self._changed = changed
         self._run = run
         self._bulk = bulk
+        self._mail = mail
         self._context: tuple[tuple[bytes, ...], ssl.SSLContext] | None = None
         self._open: dict[trio.CancelScope, tuple[bytes, Caller]] = {}
         self._connections = 0
@@ -192,9 +201,22 @@ class Server:
                 return
             self._open[scope] = (certificate, caller)
             try:
-                await self._serve(stream, caller)
+                if self._mail is not None and stream.selected_alpn_protocol() == PROTOCOL:
+                    await self._take_mail(self._mail, stream, caller)
+                else:
+                    await self._serve(stream, caller)
             finally:
                 del self._open[scope]
+
+    async def _take_mail(self, mail: Mail, stream: trio.SSLStream[trio.SocketStream], caller: Caller) -> None:
+        if caller.role is not Role.PEER:
+            await trio.aclose_forcefully(stream)
+            return
+        self._connections += 1
+        try:
+            await mail.take(stream, caller.id)
+        finally:
+            self._connections -= 1
 
     async def _serve_stranger(self, stream: trio.abc.Stream, caller: Caller) -> None:
         if self._strangers >= MAX_STRANGERS:
@@ -213,7 +235,7 @@ class Server:
             + [user.certificate for user in state.users.values()]
         )
         if self._context is None or self._context[0] != trusted:
-            self._context = (trusted, tls.server_context(self._identity, trusted))
+            self._context = (trusted, tls.server_context(self._identity, trusted, [PROTOCOL]))
         return self._context[1]
 
     async def _watch(self) -> None:

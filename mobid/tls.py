@@ -12,7 +12,7 @@ Host names mean nothing here: the key is the name.
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -28,11 +28,18 @@ def _pem(certificates: Iterable[bytes]) -> str:
     )
 
 
-def server_context(identity: Identity, trusted: Iterable[bytes]) -> ssl.SSLContext:
-    """For incoming connections; `trusted` are the DER certificates of all members and users."""
+def server_context(
+    identity: Identity, trusted: Iterable[bytes], protocols: Sequence[str] = ()
+) -> ssl.SSLContext:
+    """For incoming connections; `trusted` are the DER certificates of all members and users.
+
+    `protocols` are those besides requests that a client may ask for (ALPN).
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.num_tickets = 0
+    if protocols:
+        context.set_alpn_protocols(list(protocols))
     context.load_cert_chain(identity.path)
     context.verify_mode = ssl.CERT_OPTIONAL
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -42,8 +49,10 @@ def server_context(identity: Identity, trusted: Iterable[bytes]) -> ssl.SSLConte
     return context
 
 
-def client_context(identity: Identity | None) -> ssl.SSLContext:
+def client_context(identity: Identity | None, protocol: str = "") -> ssl.SSLContext:
     """For outgoing connections; with `identity` None the caller is a stranger.
+
+    `protocol` says what they are for (ALPN), if it is not requests.
 
     The context itself accepts any certificate: `check_pinned` must be called after the handshake, which has
     proved that the server holds the key of the certificate it showed.
@@ -52,6 +61,8 @@ def client_context(identity: Identity | None) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
+    if protocol:
+        context.set_alpn_protocols([protocol])
     if identity is not None:
         context.load_cert_chain(identity.path)
     return context
