@@ -60,6 +60,8 @@ static int parse(struct guest_options *options, int argc, char **argv)
 			false},
 		{"mode", OPTION_STRING, &options->mode, "MODE", "seccomp (default) or ptrace", false},
 		{"cpus", OPTION_NUMBER, &options->cpus, "N", "of the guest, default 1", false},
+		{"lease", OPTION_NUMBER, &options->lease_ns, "NS",
+			"CLOCK_BOOTTIME until which the guest may run; 0, the default, for ever", false},
 		{"resume", OPTION_FLAG, &options->resume, NULL,
 			"do not boot: wait for the memory of a frozen guest and for `go`", false},
 		{"no-sandbox", OPTION_FLAG, &options->no_sandbox, NULL,
@@ -76,6 +78,8 @@ static int parse(struct guest_options *options, int argc, char **argv)
 		return options_error("guest", "--cpus must be from 1 to %d", CPUS_MAX);
 	if (strcmp(options->mode, "seccomp") != 0 && strcmp(options->mode, "ptrace") != 0)
 		return options_error("guest", "--mode: '%s' is neither seccomp nor ptrace", options->mode);
+	if (options->lease_ns > INT64_MAX)
+		return options_error("guest", "--lease is out of range");
 	if (options->devices.count > GUEST_DEVICES_MAX)
 		return options_error("guest", "--device: at most %d are possible", GUEST_DEVICES_MAX);
 	for (size_t i = 0; i < options->devices.count; i++)
@@ -92,6 +96,11 @@ static bool start(struct guest *guest)
 	const char *sockets[GUEST_DEVICES_MAX];
 	char message[GUEST_MESSAGE_MAX];
 
+	lease_set(guest, guest->options.lease_ns);
+	if (!guest->options.resume && !lease_valid(guest)) {
+		log_error("the lease has expired, the guest must not run");
+		return false;
+	}
 	for (size_t i = 0; i < devices->count; i++)
 		sockets[i] = devices->items[i] + strlen("net:");
 	if (!guest_connect_devices(guest, sockets, devices->count, guest->device_fds, message)) {

@@ -31,6 +31,7 @@ enum guest_reason { EXIT_NONE, EXIT_POWEROFF, EXIT_REBOOT, EXIT_PANIC, EXIT_KILL
 struct guest_options {
 	const char *control, *kernel, *console, *mode, *append, *initrd;
 	uint64_t memory, cpus;
+	uint64_t lease_ns; /* 0: none needed */
 	struct option_list devices;
 	bool resume, no_sandbox;
 };

@@ -127,6 +127,8 @@ void port_impair_arm(struct switch_port *port);
 /* switch_forward.c */
 /* A frame that the guest of `port` sends: source check, impairments, then onwards. */
 void forward_from_port(struct switch_port *port, struct frame *frame, uint64_t now_ns);
+/* Whether the lease that this port's guest runs by has ended. */
+bool forward_expired(const struct switch_port *port);
 /* Onwards: to a port here, to a peer, or to all. */
 void forward_output(struct switch_port *port, struct frame *frame);
 /* The tunnel's receiver. */
@@ -138,6 +140,8 @@ void forward_from_peer(void *context, struct tunnel_peer *peer, const struct tun
  * on the old and the new path.
  */
 void move_entry(struct switch_state *sw, struct table_entry *entry, uint32_t peer, uint64_t epoch);
+/* The same without a handover: the old place is dead or fenced, and nothing of it may be believed or waited for. */
+void move_fail_over(struct switch_state *sw, struct table_entry *entry, uint32_t peer, uint64_t epoch);
 /* The guest of the port runs here: takes over the address and tells the network's peers. */
 void move_announce(struct switch_port *port);
 /* What another switch says about a move. */

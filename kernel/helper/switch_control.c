@@ -387,10 +387,11 @@ static void op_mac_set(void *context, struct control_request *request, const str
 	uint32_t peer = 0;
 	uint64_t epoch;
 	uint8_t mac[6];
-	bool known;
+	bool known, failover = false;
 
 	if (!get_address(sw, args, &network, mac) || !get_u32(args, "peer", 0, TUNNEL_PEERS - 1, &peer) ||
-		!control_u64(args, "epoch", 1, UINT64_MAX, &epoch))
+		!control_u64(args, "epoch", 1, UINT64_MAX, &epoch) ||
+		!control_bool_optional(args, "failover", &failover))
 		return;
 	if (peer && !tunnel_find(sw->tunnel, peer)) {
 		control_error(request, CONTROL_NOT_FOUND, "there is no peer %u", peer);
@@ -408,7 +409,7 @@ static void op_mac_set(void *context, struct control_request *request, const str
 		return;
 	}
 	if (known && epoch > entry->epoch) {
-		move_entry(sw, entry, peer, epoch);
+		(failover ? move_fail_over : move_entry)(sw, entry, peer, epoch);
 		switch_flush(sw);
 	} else if (!known || epoch == entry->epoch) {
 		entry->peer = peer;
@@ -559,7 +560,7 @@ const struct control_op switch_ops[] = {
 	{"port_add", op_port_add, "port network mac socket mtu epoch state lease_bound"},
 	{"port_remove", op_port_remove, "port"},
 	{"impair", op_impair, "port delay_us jitter_us loss_ppm rate limit_bytes reorder_ppm duplicate_ppm"},
-	{"mac_set", op_mac_set, "network mac peer epoch"},
+	{"mac_set", op_mac_set, "network mac peer epoch failover"},
 	{"mac_next", op_mac_next, "network mac peer epoch"},
 	{"mac_remove", op_mac_remove, "network mac"},
 	{"hold", op_hold, "port"},

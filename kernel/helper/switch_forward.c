@@ -15,14 +15,17 @@ static uint64_t boottime_ns(void)
 	return (uint64_t)now.tv_sec * LOOP_SECOND + (uint64_t)now.tv_nsec;
 }
 
-/* Whether nothing of this guest may leave: its right to run has ended, or it runs elsewhere. */
-static bool fenced(const struct switch_port *port)
+bool forward_expired(const struct switch_port *port)
 {
 	const struct switch_state *sw = port->sw;
 
-	if (port->state == PORT_GONE)
-		return true;
-	return port->lease_bound && sw->lease_deadline_ns && boottime_ns() > sw->lease_deadline_ns;
+	return port->lease_bound && sw->lease_deadline_ns && boottime_ns() >= sw->lease_deadline_ns;
+}
+
+/* Whether nothing of this guest may leave: its right to run has ended, or it runs elsewhere. */
+static bool fenced(const struct switch_port *port)
+{
+	return port->state == PORT_GONE || forward_expired(port);
 }
 
 static void to_ports(

@@ -42,10 +42,8 @@ static void mark_new_path(struct switch_state *sw, const struct table_entry *ent
 		move_send_marker(sw, peer, entry->network, marker);
 }
 
-void move_entry(struct switch_state *sw, struct table_entry *entry, uint32_t peer, uint64_t epoch)
+static void shift(struct switch_state *sw, struct table_entry *entry, uint32_t peer, uint64_t epoch, bool handover)
 {
-	/* A larger step is a failover: the old place is dead or fenced, nothing of it may be believed or waited for. */
-	bool handover = epoch == entry->epoch + 1;
 	struct tunnel_marker marker = {.epoch = epoch, .sender = sw->identity};
 	uint32_t old = entry->peer;
 
@@ -62,6 +60,17 @@ void move_entry(struct switch_state *sw, struct table_entry *entry, uint32_t pee
 		return;
 	mark_old_path(sw, entry, old, &marker);
 	mark_new_path(sw, entry, &marker);
+}
+
+void move_entry(struct switch_state *sw, struct table_entry *entry, uint32_t peer, uint64_t epoch)
+{
+	/* A larger step is a failover back to the source of a handover. */
+	shift(sw, entry, peer, epoch, epoch == entry->epoch + 1);
+}
+
+void move_fail_over(struct switch_state *sw, struct table_entry *entry, uint32_t peer, uint64_t epoch)
+{
+	shift(sw, entry, peer, epoch, false);
 }
 
 void move_announce(struct switch_port *port)

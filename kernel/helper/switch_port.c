@@ -205,7 +205,11 @@ static void impair_tick(void *context)
 	struct frame_item *item;
 
 	for (int i = 0; i < IMPAIRED_PER_TURN && (item = impair_due(&port->impair, now)); i++) {
-		forward_output(port, &item->frame);
+		/* A switch that was stopped must not send afterwards what its guest said long ago. */
+		if (forward_expired(port))
+			port->counters.tx_fenced++;
+		else
+			forward_output(port, &item->frame);
 		free(item);
 	}
 	port_impair_arm(port);
