@@ -21,6 +21,7 @@ import structlog
 import trio
 from pydantic import Field
 
+from mobid.lease import Lease
 from mobid.logfile import LogFile
 from mobid.operations import Request, operation
 from mobid.signal import Changed
@@ -98,6 +99,7 @@ class Catalog:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Opens and replays the log; raises `OperationError` if it is damaged."""
+        self.lease = Lease()
         self._own = own
         self._links = links
         self._clock = clock

@@ -29,6 +29,7 @@ from mobid.guest_disk import Disk, DiskPlan
 from mobid.guest_record import Record
 from mobid.helpers import Helper, HelperError, Helpers
 from mobid.images import Image, Kernel
+from mobid.lease import Lease
 from mobid.signal import Changed
 from proto import entries
 from proto.api import OperationError
@@ -42,6 +43,7 @@ REATTACH_PAUSE = 0.5
 ADOPT_TIMEOUT = 10.0
 ADOPT_ATTEMPTS = 3
 RECONNECT_TIMEOUT = 30.0
+LEASE_TIMEOUT = 5.0
 OVERLAY_RESERVE = 64 << 20
 """Bytes that must be free on the peer's file system before a guest is started."""
 
@@ -77,6 +79,7 @@ class Surroundings:
     ports: Ports
     directory: Path
     sockets: Path
+    lease: Lease
 
 
 class LocalGuest:
@@ -94,6 +97,10 @@ class LocalGuest:
         """What is wrong although the guest still exists; empty if nothing is."""
         self.stalled = False
         """Whether it waits for a disk that has no space left."""
+        self.expired = False
+        """Whether the shim has stopped it, because the lease it runs by had run out."""
+        self.deadline_ns = 0
+        """Until when the shim lets it run (CLOCK_BOOTTIME), as it was last told; 0 for ever."""
         self.shim: Helper | None = None
         self.disks: list[Disk] = []
         self.agent: Agent | None = None
@@ -102,6 +109,7 @@ class LocalGuest:
         self._notify = notify
         self._memory_fd = -1
         self._expected_end = False
+        self._waiting = False
         self._scope = trio.CancelScope()
 
     def _tell(self) -> None:
@@ -142,6 +150,7 @@ class LocalGuest:
         """
         self._check_room()
         self.exit, self.trouble, self._expected_end = None, "", False
+        self.expired, self.deadline_ns = False, 0
         self.save()
         try:
             await self._start_disks(image)
@@ -192,6 +201,10 @@ class LocalGuest:
             arguments += ["--mode", mode]
         if incoming:
             arguments += ["--resume"]
+        if record.lease_bound:
+            # From its first instruction on: who would tell the shim later may be gone by then.
+            self.deadline_ns = self._around.lease.deadline_ns
+            arguments += ["--lease", str(self.deadline_ns)]
         self._control.unlink(missing_ok=True)
         self.shim = await self._around.helpers.start(
             "guest", arguments, control=self._control, log=self.directory / "shim.log"
@@ -273,9 +286,11 @@ class LocalGuest:
                 self.trouble = f"its shim does not answer ({error.message})"
                 self._tell()
             return
+        self.expired, self.deadline_ns = bool(status.get("expired")), int(status.get("deadline_ns") or 0)
         self._take(str(status.get("state")), status.get("exit"))
 
     def _take(self, state: str, exit: Any) -> None:
+        self._waiting = state == "waiting"
         if state == "exited":
             facts = exit if isinstance(exit, dict) else {}
             self._ended(
@@ -311,6 +326,9 @@ class LocalGuest:
         async for event in shim.events:
             if event.get("event") == "state":
                 self._take(str(event.get("state")), event.get("exit"))
+            elif event.get("event") == "expired" and event.get("deadline_ns") == self.deadline_ns:
+                self.expired = True
+                self._tell()
         await self.look()
 
     async def _watch_disk(self, plan: DiskPlan) -> None:
@@ -432,9 +450,28 @@ class LocalGuest:
         self._set_phase("paused")
 
     async def resume(self) -> None:
-        """Let it go on."""
-        await self._ask("thaw")
+        """Let it go on; raises `OperationError`, as when it is bound to a lease that has run out."""
+        await self._ask("go" if self._waiting else "thaw")
+        self._waiting = False
         self._set_phase("running")
+
+    async def extend_lease(self, deadline_ns: int) -> None:
+        """It may run until then. One that was stopped goes on, one that was frozen waits for `resume`.
+
+        The caller has made sure that this copy has the right to run. Raises `HelperError`.
+        """
+        if self.shim is None:
+            raise HelperError("gone", "the guest has no shim")
+        self.deadline_ns = deadline_ns
+        await self.shim.call("lease", timeout=LEASE_TIMEOUT, deadline_ns=deadline_ns)
+        if self.expired and self._around.lease.valid:
+            self.expired = False
+            self._tell()
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether it runs only by a lease, and was stopped by the end of that."""
+        return self.record.lease_bound and self.expired and self.phase in ("running", "paused")
 
     async def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         if self.shim is None:

@@ -10,7 +10,7 @@ one takes its place.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,16 @@ class Disk:
                 await self.helper.call("sync", timeout=30)
         await self.helper.quit()
         self.helper.forget()
+
+
+def begin_afresh(plans: Iterable[DiskPlan]) -> None:
+    """The disks of a guest that this peer has nothing of begin with what its image holds.
+
+    Also those of one that is failed over to here: nothing of an earlier stay may be found in them. It is the
+    one place where such a guest gets its disks.
+    """
+    for plan in plans:
+        plan.overlay.unlink(missing_ok=True)
 
 
 def _sockets(plan: DiskPlan, sockets: Path, prefix: str) -> tuple[Path, Path]:

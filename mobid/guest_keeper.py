@@ -20,10 +20,12 @@ from mobid.agent import Agent
 from mobid.catalog import Catalog
 from mobid.events import Events
 from mobid.guest import Exit, LocalGuest, Surroundings
-from mobid.guest_disk import DiskPlan
+from mobid.guest_disk import DiskPlan, begin_afresh
 from mobid.guest_record import Record
 from mobid.images import Image, Images, Kernel
+from mobid.lease import Lease
 from mobid.signal import Changed
+from mobid.stale_guests import keep_aside, stood_for
 from proto import deploy, entries
 from proto.agent import AgentError
 from proto.api import OperationError
@@ -46,6 +48,7 @@ class Keeping(Protocol):
     events: Events
     images: Images
     around: Surroundings
+    lease: Lease
     processor: Host
 
     def clock(self) -> float:
@@ -96,6 +99,8 @@ class Keeper:
         self._failures = 0
         self._retry_at: float | None = None
         self._automatic = False
+        self._stood = False
+        """Whether it was said that the guest stands still."""
         self._pulse = 0
         self._changed = Changed()
         self._leaving = False
@@ -135,7 +140,7 @@ class Keeper:
                 reported = await self._report()
                 step = self._next_step() if reported else Step.NOTHING
                 await self._take(step)
-            if step is Step.DISCARD or (self.local is None and not self._ours()):
+            if self.local is None and not self._ours():
                 return
             if step in (Step.NOTHING, Step.WAIT):
                 await self._sleep(pulse, reported)
@@ -149,14 +154,16 @@ class Keeper:
         return wanted is not None and wanted.owner == self._k.me
 
     def _next_step(self) -> Step:
-        local = self.local
+        local, wanted = self.local, self.wanted
         actual = Actual(
             phase=local.phase if local else "absent",
             files=local is not None,
             held=self.held,
             retry_at=self._retry_at,
+            may_run=wanted is None or not wanted.lease_bound or self._k.lease.valid,
+            stale=local is not None and wanted is not None and local.record.epoch < wanted.epoch,
         )
-        return next_step(self.wanted, self._k.me, actual, trio.current_time())
+        return next_step(wanted, self._k.me, actual, trio.current_time())
 
     async def _sleep(self, pulse: int, reported: bool) -> None:
         """Until something changed, it is time to start the guest again, or to report again."""
@@ -210,12 +217,23 @@ class Keeper:
             return
         if local.phase == "ended":
             await self._after_end(local, guest)
+        elif self._stands_still(local, guest):
+            self._seen = None  # until it goes on, only this peer can know
         elif local.phase in ("running", "paused") and local.record.stage == "ready":
             state: entries.GuestState = "paused" if local.phase == "paused" or local.stalled else "running"
             if self._seen is None or (self._seen.state, self._seen.message) != (state, local.trouble):
                 self._seen = Seen(state, message=local.trouble)
                 if local.trouble:
                     self._k.events.emit("guest.trouble", guest=guest.key, message=local.trouble)
+
+    def _stands_still(self, local: LocalGuest, guest: entries.Guest) -> bool:
+        """Whether the end of the lease has stopped it; said once."""
+        resumable = local.phase == "paused" and guest.wanted == "running" and local.record.stage == "ready"
+        standing = local.stands_still or (local.record.lease_bound and resumable)
+        if local.expired and not self._stood:
+            self._k.events.emit("guest.frozen", guest=guest.key, reason="lease", epoch=local.record.epoch)
+        self._stood = local.expired
+        return standing
 
     async def _after_end(self, local: LocalGuest, guest: entries.Guest) -> None:
         exit = local.exit or Exit("crashed")
@@ -276,11 +294,21 @@ class Keeper:
         return self._ours() and not self.held and local.phase == "running" and local.record.stage != "ready"
 
     async def _discard(self, local: LocalGuest) -> None:
+        """It was removed or stopped before it went elsewhere, or it is stale: what it did here since may be
+        wanted by somebody, so its files are kept for a while."""
+        record, fenced = local.record, self.wanted is not None and local.phase != "absent"
+        stood = stood_for(local)
         await local.end(force=True)
         await local.remove_ports()
-        local.remove_files()
-        self._k.events.emit("guest.removed", guest=local.record.key)
-        self.local = None
+        self.local, self._seen, self._stood = None, None, False
+        if fenced:
+            kept = keep_aside(local.directory, record)
+            self._k.events.emit(
+                "guest.fenced", guest=record.key, epoch=record.epoch, stood=stood, kept=str(kept or "")
+            )
+        else:
+            local.remove_files()
+            self._k.events.emit("guest.removed", guest=record.key)
 
     async def _pause(self, guest: entries.Guest, local: LocalGuest) -> None:
         try:
@@ -297,7 +325,8 @@ class Keeper:
         try:
             await local.resume()
         except OperationError as error:
-            await self._see(Seen("paused", message=error.message))
+            if not guest.lease_bound:
+                await self._see(Seen("paused", message=error.message))
             await trio.sleep(REPORT_AGAIN)
             return
         self._k.events.emit("guest.resumed", guest=guest.key)
@@ -429,6 +458,7 @@ class Keeper:
         if self.local is not None:
             self.local.record = record
             return self.local
+        begin_afresh(record.disks)
         return LocalGuest(self._k.around, record, self.wake)
 
 
@@ -450,6 +480,7 @@ def record_of(around: Surroundings, guest: entries.Guest, image: Image, kernel: 
         cpus=guest.cpus,
         disks=tuple(disks),
         interfaces=guest.interfaces,
+        lease_bound=guest.lease_bound,
     )
 
 

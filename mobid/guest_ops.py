@@ -38,6 +38,7 @@ CHANGE_TIMEOUT = 180.0
 GONE_TIMEOUT = 60.0
 FOLLOW_INTERVAL = 0.25
 LOG_CHUNK = 64 << 10
+NO_LEASE = "its peer has no lease: it is cut off from the majority"
 CHUNK = 64 << 10
 
 
@@ -70,13 +71,14 @@ class GuestOperations:
     async def ls(self, _request: Request, _args: api.Nothing) -> list[dict[str, Any]]:
         """All guests of the mesh, by lab and name."""
         state = self._catalog.state
-        return [deploy.row(state.guests[key], state, self._clock()) for key in sorted(state.guests)]
+        return [self._row(state.guests[key]) for key in sorted(state.guests)]
 
     @operation("vm.show", role="viewer", args=api.VmArguments)
     async def show(self, _request: Request, args: api.VmArguments) -> dict[str, Any]:
         """One guest, with everything the catalog knows of it."""
         state = self._catalog.state
-        return deploy.details(state.find_guest(args.vm), state, self._clock())
+        guest = self._seen(state.find_guest(args.vm))
+        return deploy.details(guest, state, self._clock())
 
     # Making and removing.
 
@@ -117,6 +119,7 @@ class GuestOperations:
             disk=args.disk,
             cpus=args.cpus,
             owner=owner,
+            on_partition=args.on_partition,
         )
 
     @operation("vm.rm", role="operator", args=api.VmForce, timeout=CHANGE_TIMEOUT)
@@ -224,7 +227,13 @@ class GuestOperations:
             raise OperationError("conflict", f"{key} is {guest.state}", _mend(guest))
 
     def _row(self, guest: entries.Guest) -> dict[str, Any]:
-        return deploy.row(guest, self._catalog.state, self._clock())
+        return deploy.row(self._seen(guest), self._catalog.state, self._clock())
+
+    def _seen(self, guest: entries.Guest) -> entries.Guest:
+        """The guest as the catalog knows it, or standing still here without a lease, which nobody reports."""
+        if not self._guests.stands_still(guest):
+            return guest
+        return guest.model_copy(update={"state": "frozen", "message": NO_LEASE})
 
     # Talking to a guest.
 
@@ -266,9 +275,10 @@ class GuestOperations:
     @asynccontextmanager
     async def _agent(self, key: str) -> AsyncIterator[Agent]:
         """The agent of a guest that runs here; what goes wrong with it is told as an `OperationError`."""
-        guest = self._catalog.state.find_guest(key)
+        guest = self._seen(self._catalog.state.find_guest(key))
         if guest.state not in ("running", "starting", "migrating"):
-            raise OperationError("conflict", f"{key} is {guest.state}", _mend(guest))
+            why = f": {guest.message}" if guest.state == "frozen" else ""
+            raise OperationError("conflict", f"{key} is {guest.state}{why}", _mend(guest))
         try:
             yield await self._guests.local(key).ready_agent(AGENT_TIMEOUT)
         except AgentRefused as error:
@@ -333,6 +343,8 @@ async def wait_gone(links: Links, guests: dict[str, tuple[str, ...]]) -> list[st
 def _mend(guest: entries.Guest) -> str:
     if guest.state == "paused":
         return f"mobictl vm resume {guest.key} lets it go on"
+    if guest.state == "frozen":
+        return "it goes on by itself when its peer has a lease again"
     if guest.state in ("stopped", "failed"):
         return f"mobictl vm start {guest.key} starts it"
     return ""

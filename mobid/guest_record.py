@@ -43,6 +43,8 @@ class Record:
     stage: Stage = "made"
     migration: str = ""
     started: float = 0.0
+    lease_bound: bool = False
+    """Whether it runs only while this peer has a lease."""
 
     def dump(self) -> bytes:
         values = {f: getattr(self, f) for f in self.__dataclass_fields__}

@@ -25,9 +25,11 @@ from mobid.config import Config
 from mobid.events import Events
 from mobid.guest import LocalGuest, Ports, Surroundings
 from mobid.guest_keeper import Keeper, record_of
+from mobid.guest_lease import Renewals, entitled
 from mobid.guest_record import Record
 from mobid.helpers import Helpers
 from mobid.images import Images
+from mobid.lease import Lease
 from mobid.signal import Changed
 from proto import entries
 from proto.api import OperationError
@@ -54,13 +56,15 @@ class Guests:
         helpers: Helpers,
         images: Images,
         ports: Ports,
+        lease: Lease,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.me = me
         self.catalog = catalog
         self.events = events
         self.images = images
-        self.around = Surroundings(helpers, ports, config.guests, config.runtime)
+        self.lease = lease
+        self.around = Surroundings(helpers, ports, config.guests, config.runtime, lease)
         self.processor = host.processor()
         self.clock = clock
         self.adopted = trio.Event()
@@ -76,6 +80,8 @@ class Guests:
             self._nursery = nursery
             await self._adopt_all()
             self.adopted.set()
+            nursery.start_soon(Renewals(self.lease, self._entitled).run)
+            nursery.start_soon(self._wake_with_lease)
             state = self.catalog.state
             self._look(state, State())
             async for _, _, new in self.catalog.changes(after=state.index):
@@ -95,6 +101,24 @@ class Guests:
                 for keeper in list(self._keepers.values()):
                     nursery.start_soon(keeper.shut_down)
 
+    # Leases.
+
+    def _entitled(self) -> list[LocalGuest]:
+        """The lease-bound guests here that may run as long as the lease holds.
+
+        A stale copy is none of them: it gets no further lease, so its shim lets it run no more.
+        """
+        found = (keeper.local for keeper in self._keepers.values())
+        state = self.catalog.state
+        return [local for local in found if local is not None and entitled(local.record, state, self.me)]
+
+    async def _wake_with_lease(self) -> None:
+        """Guests that stand still, or wait to start, go on when there is a lease again."""
+        while True:
+            await self.lease.gained.wait()
+            for keeper in self._keepers.values():
+                keeper.wake()
+
     # Looking up.
 
     def local(self, key: str) -> LocalGuest:
@@ -108,6 +132,11 @@ class Guests:
         """The keeper of the guest LAB/NAME, if it lives here."""
         guest = self.catalog.state.guests.get(key)
         return self._keepers.get(guest.id) if guest is not None else None
+
+    def stands_still(self, guest: entries.Guest) -> bool:
+        """Whether this guest is here and was stopped because this peer's lease ran out."""
+        keeper = self._keepers.get(guest.id)
+        return keeper is not None and keeper.local is not None and keeper.local.stands_still
 
     async def wait_gone(self, id: str) -> None:
         """Wait until nothing of the guest with this id is here."""
@@ -171,7 +200,11 @@ class Guests:
     async def unhold(self, local: LocalGuest) -> None:
         """Give a guest back to its keeper: it stays here, as it is now."""
         await local.look()
-        local.save(migration="")
+        epoch = local.record.epoch
+        migration = self.catalog.state.migrations.get(local.record.migration)
+        if migration is not None and migration.state == "failed-over" and migration.source == self.me:
+            epoch = migration.epoch + 2
+        local.save(migration="", epoch=epoch)
         self._wake(local.record.id)
 
     async def prepare_incoming(self, guest: entries.Guest, migration: str, kernel: str) -> LocalGuest:

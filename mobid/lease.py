@@ -29,6 +29,8 @@ class Lease:
     def __init__(self, clock: Callable[[], float] = boottime) -> None:
         self.changed = Changed()
         """Set at every renewal, not when the lease runs out."""
+        self.gained = Changed()
+        """Set by a renewal before which there was no valid lease."""
         self._clock = clock
         self._deadline = 0.0
 
@@ -52,9 +54,13 @@ class Lease:
 
     def extend(self, at: float) -> None:
         """It holds until `at`, seconds of CLOCK_BOOTTIME; an earlier end than before changes nothing."""
-        if at > self._deadline:
-            self._deadline = at
-            self.changed.set()
+        if at <= self._deadline:
+            return
+        held = self.valid
+        self._deadline = at
+        self.changed.set()
+        if not held and self.valid:
+            self.gained.set()
 
     async def wait_valid(self) -> None:
         """Return at a moment at which the lease holds; waits for a renewal if need be."""

@@ -52,7 +52,9 @@ class Incoming(Shell):
         local: LocalGuest | None,
         plan: Plan | None,
     ) -> None:
-        super().__init__(around, migration, Destination(migration))
+        guest = around.catalog.state.guests.get(migration.guest)
+        self.lease_bound = guest is not None and guest.lease_bound
+        super().__init__(around, migration, Destination(migration, self.lease_bound))
         self.local = local
         self.plan = plan
         self._stream: PageStream | None = None
@@ -121,9 +123,20 @@ class Incoming(Shell):
                 self._received = True
                 self._released_ns = int(event["released_ns"])
                 self.feed(ev.Received(bool(event["match"])))
+                if self.lease_bound:
+                    self.soon(self._await_lease)
             else:
                 self._broken(str(event["message"]))
         self._broken("the process that receives has ended")
+
+    async def _await_lease(self) -> None:
+        """The shim decides again at the go-ahead, by the deadline that it was told."""
+        lease = self.around.guests.lease
+        await lease.wait_valid()
+        if self.local is not None and self.local.deadline_ns < lease.deadline_ns:
+            with suppress(HelperError):
+                await self.local.extend_lease(lease.deadline_ns)
+        self.feed(ev.LeaseValid())
 
     def _broken(self, reason: str) -> None:
         """A stream that ends after the release has done its work."""

@@ -112,6 +112,7 @@ class Outgoing(Shell):
             case ev.Prepare():
                 self.soon(self._open_everywhere)
                 self.soon(self._converse)
+                self.soon(self._watch_lease)
             case ev.Freeze():
                 self.soon(self._freeze)
             case ev.SendFinal():
@@ -149,6 +150,15 @@ class Outgoing(Shell):
         self._opened.set()
         if silent:
             self.around.events.emit("migration.unheard", id=m.id, guest=m.guest, peers=sorted(silent))
+
+    async def _watch_lease(self) -> None:
+        """A guest that its shim has frozen, before the switch, stays here until it may run again."""
+        local = self.local
+        if local is None:
+            return
+        await local.changed.wait_until(lambda: local.stands_still)
+        if self.machine.state in (SourceState.PREPARING, SourceState.PRECOPY):
+            self.feed(ev.Abort("the lease of this peer has run out"))
 
     async def _converse(self) -> None:
         """The request that lasts as long as the migration; what goes wrong in it is told to the machine."""

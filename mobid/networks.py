@@ -24,6 +24,7 @@ import structlog
 import trio
 
 from mobid.helpers import HelperError, Helpers
+from mobid.lease import Lease
 from mobid.migration_shell import Frames
 from mobid.signal import Changed
 from mobid.switch import HERE, Switch, free_port, open_switch
@@ -89,6 +90,7 @@ class Port:
     socket: Path
     epoch: int
     state: Literal["incoming", "running"]
+    lease_bound: bool
     gone_at: float | None = None
     """When it was redirected (trio's clock); it lingers, and is then removed."""
 
@@ -108,6 +110,7 @@ class Networks:
         links: Links,
         helpers: Helpers,
         events: Emitting,
+        lease: Lease,
         sockets: Path,
         log: Path,
         listen: tuple[str, int],
@@ -119,6 +122,7 @@ class Networks:
         self._links = links
         self._helpers = helpers
         self._events = events
+        self._lease = lease
         self._sockets = sockets
         self._log = log
         self._listen = listen
@@ -212,6 +216,7 @@ class Networks:
         if switch.adopted:
             await self._take_back(switch)
         else:
+            await self._tell_lease(switch)  # without one, ports bound to it would send for ever
             self._ports = {key: port for key, port in self._ports.items() if port.gone_at is None}
         await self._tell_all(switch)
         if not switch.adopted:
@@ -232,6 +237,7 @@ class Networks:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_told, switch, nursery)
             nursery.start_soon(self._keep_rtt, switch)
+            nursery.start_soon(self._keep_lease, switch)
             nursery.start_soon(self._watch_catalog)
             if restored:
                 nursery.start_soon(self._restored)
@@ -362,7 +368,15 @@ class Networks:
         if self._placed.get(about, place.guest) != place.guest:
             await self._unplace(switch, network, mac)
         try:
-            await switch.tell("mac_set", about, network=network, mac=mac, peer=handle, epoch=place.epoch)
+            await switch.tell(
+                "mac_set",
+                about,
+                network=network,
+                mac=mac,
+                peer=handle,
+                epoch=place.epoch,
+                failover=place.failover,
+            )
         except HelperError as error:
             if error.code != "mismatch":
                 raise
@@ -424,6 +438,21 @@ class Networks:
                 told[peer] = rtt
             await trio.sleep(RTT_INTERVAL)
 
+    async def _tell_lease(self, switch: Switch) -> None:
+        await switch.tell("lease", (), deadline_ns=self._lease.deadline_ns)
+
+    async def _keep_lease(self, switch: Switch) -> None:
+        """Renew what lease-bound ports send by; the switch itself stops them at the deadline."""
+        while True:
+            told = self._lease.deadline
+            try:
+                if told:
+                    await self._tell_lease(switch)
+            except HelperError as error:
+                logger.warning("the switch was not told the lease", reason=error.message)
+            if self._lease.deadline == told:
+                await self._lease.changed.wait()
+
     # What is removed later.
 
     def _until_next_clearing(self) -> float:
@@ -475,6 +504,7 @@ class Networks:
                     socket=self._sockets / f"{guest.id}-{interface.name}.net",
                     epoch=epoch,
                     state="incoming" if incoming else "running",
+                    lease_bound=guest.lease_bound,
                 )
                 await self._make(switch, port)
                 self._ports[key] = port
@@ -510,6 +540,7 @@ class Networks:
             mtu=port.interface.mtu,
             epoch=port.epoch,
             state=port.state,
+            lease_bound=port.lease_bound,
         )
         switch.forget("mac_set", (port.network, port.mac))
 
@@ -534,6 +565,7 @@ class Networks:
                 socket=self._sockets / f"{guest.id}-{interface.name}.net",
                 epoch=found["epoch"],
                 state="incoming" if found["state"] == "incoming" else "running",
+                lease_bound=guest.lease_bound,
                 gone_at=trio.current_time() if gone else None,
             )
 

@@ -201,6 +201,7 @@ class Peer:
             links=self.links,
             helpers=self.helpers,
             events=self.events,
+            lease=self.catalog.lease,
             sockets=self.config.runtime,
             log=self.config.path("switch.log"),
             listen=self._tcp.socket.getsockname()[:2],
@@ -214,6 +215,7 @@ class Peer:
             helpers=self.helpers,
             images=self.images,
             ports=self.networks,
+            lease=self.catalog.lease,
         )
         self._shutdown += [self.networks.close, self.guests.end_all]
         self._closing.append(self.guests.close)

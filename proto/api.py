@@ -235,6 +235,7 @@ class VmRun(Arguments):
     disk: Size = 0
     cpus: Annotated[int, Field(ge=1, le=64)] = 1
     place: Reference | None = None
+    on_partition: Literal["run", "freeze"] = "run"
 
 
 class VmArguments(Arguments):

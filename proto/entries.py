@@ -154,6 +154,11 @@ class Guest(Thing):
     def name(self) -> str:
         return self.key.partition("/")[2]
 
+    @property
+    def lease_bound(self) -> bool:
+        """Whether it runs only while its owner has a lease."""
+        return self.on_partition == "freeze"
+
 
 class Impairment(Thing):
     """What a link does to frames in one direction: seconds, probabilities, bytes/s (0: no limit)."""

@@ -226,17 +226,17 @@ def _one_cpu(value: int) -> int:
     return value
 
 
-def _partition(value: str) -> str:
-    if value == "freeze":
-        raise ValueError("'freeze' is not supported yet; guests go on in a partition (on-partition: run)")
-    return value
-
-
 Memory = Annotated[Size, AfterValidator(_pages), _within(*MEMORY, "the memory of a guest", format_size)]
 Disk = Annotated[Size, AfterValidator(_pages), _within(*DISK, "a disk", format_size)]
 Cpus = Annotated[int, Field(ge=1, strict=True), AfterValidator(_one_cpu)]
 Mtu = Annotated[int, Field(strict=True), _within(*MTU, "an MTU")]
-OnPartition = Annotated[Literal["run", "freeze"], AfterValidator(_partition)]
+OnPartition = Annotated[
+    Literal["run", "freeze"],
+    Field(
+        description="a guest whose peer is cut off from the majority: `run` goes on and is never restarted "
+        "elsewhere; `freeze` stands still, and may be restarted from its image on another peer"
+    ),
+]
 RestartPolicy = Literal["never", "on-failure", "always"]
 _ENDPOINT_SCHEMA = {"type": "string", "pattern": f"^{NAME}:{INTERFACE}$", "examples": ["content:eth1"]}
 _MEMBER_SCHEMA = {"type": "string", "pattern": f"^{NAME}(:{INTERFACE})?$", "examples": ["a", "a:eth1"]}

@@ -42,32 +42,39 @@ class Step(Enum):
     RESUME = "resume"
     STOP = "stop"
     DISCARD = "discard"
-    """It is not ours: end its processes, remove its files."""
+    """It is not ours, or not any more: end its processes, put its files out of the way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Actual:
     """What a peer has of a guest. `held`: a migration uses it, hands off. `retry_at` is on the caller's
     clock.
+
+    `may_run`: it needs no lease, or the peer's lease holds. `stale`: it was made by an earlier right than
+    the catalog gives now; between the two the guest may have run elsewhere.
     """
 
     phase: Phase
     files: bool = False
     held: bool = False
     retry_at: float | None = None
+    may_run: bool = True
+    stale: bool = False
 
 
 def next_step(wanted: Guest | None, me: str, actual: Actual, now: float) -> Step:
     """The next step of peer `me` for a guest that the catalog knows as `wanted` (None: not at all)."""
     if actual.held:
         return Step.NOTHING
-    if wanted is None or wanted.owner != me:
+    if wanted is None or wanted.owner != me or actual.stale:
         return Step.DISCARD if actual.files or actual.phase != "absent" else Step.NOTHING
     if wanted.state == "lost":
         return Step.NOTHING
     if wanted.wanted == "stopped":
         alive = actual.phase in ("running", "paused")
         return Step.STOP if alive or wanted.state not in ("stopped", "failed") else Step.NOTHING
+    if not actual.may_run and actual.phase != "running":
+        return Step.NOTHING
     if actual.phase in ("absent", "ended"):
         return Step.WAIT if actual.retry_at is not None and now < actual.retry_at else Step.START
     if wanted.wanted == "paused":

@@ -19,11 +19,13 @@ from proto.state import State
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where the MAC address of a guest (its id) is: at `peer` (id) by right of `epoch`. With `next_epoch` > 0
-    a handover to `next_peer` is open."""
+    a handover to `next_peer` is open. `failover`: it did not come there by a handover, so nothing of its old
+    place is to be believed."""
 
     guest: str
     peer: str
     epoch: int
+    failover: bool = False
     next_peer: str = ""
     next_epoch: int = 0
 
@@ -46,6 +48,7 @@ def mac_bytes(text: str) -> bytes:
 def segments(state: State, own: str) -> dict[int, Segment]:
     """The segments of peer `own`, by network id."""
     open_migrations = {m.guest: m for m in state.migrations.values() if m.state == "open"}
+    arrived = {(m.guest, m.epoch + 1) for m in state.migrations.values() if m.state == "done"}
     places: dict[str, dict[bytes, Place]] = {}
     involved: dict[str, set[str]] = {}
     for guest in state.guests.values():
@@ -55,7 +58,7 @@ def segments(state: State, own: str) -> dict[int, Segment]:
             peers.add(guest.owner)
             if migration:
                 peers |= {migration.source, migration.destination}
-            place = _place(guest, migration)
+            place = _place(guest, migration, (guest.key, guest.epoch) not in arrived)
             places.setdefault(interface.network, {})[mac_bytes(interface.mac)] = place
     return {
         network.id: Segment(network.id, key, frozenset(involved[key] - {own}), places[key])
@@ -74,10 +77,10 @@ def concerned(state: State, guest: str) -> frozenset[str]:
     return frozenset({found.owner}.union(*near)) if near else frozenset()
 
 
-def _place(guest: Guest, migration: Migration | None) -> Place:
+def _place(guest: Guest, migration: Migration | None, failover: bool) -> Place:
     if migration is None:
-        return Place(guest.id, guest.owner, guest.epoch)
-    return Place(guest.id, guest.owner, guest.epoch, migration.destination, migration.epoch + 1)
+        return Place(guest.id, guest.owner, guest.epoch, failover)
+    return Place(guest.id, guest.owner, guest.epoch, failover, migration.destination, migration.epoch + 1)
 
 
 def impairment(network: Network, guest: str, interface: str) -> Impairment:

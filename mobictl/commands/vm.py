@@ -71,9 +71,27 @@ def run(
     place: Annotated[
         str | None, typer.Option("--place", metavar="PEER", help="The peer it starts on.")
     ] = None,
+    on_partition: Annotated[
+        str,
+        typer.Option(
+            "--on-partition",
+            metavar="run|freeze",
+            help="When its peer is cut off from the majority: go on, or stand still so that another peer may "
+            "restart it.",
+        ),
+    ] = "run",
 ) -> None:
     """Start one guest of an image."""
-    args = build(api.VmRun, "vm.run", image=image, name=name, memory=memory, disk=disk, place=place)
+    args = build(
+        api.VmRun,
+        "vm.run",
+        image=image,
+        name=name,
+        memory=memory,
+        disk=disk,
+        place=place,
+        on_partition=on_partition,
+    )
     row = session.call("vm.run", args, timeout=CHANGE_TIMEOUT)
     session.show(row, guest_table([row]))
 

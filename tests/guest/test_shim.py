@@ -244,6 +244,23 @@ def test_a_lease_expires_with_nobody_connected(start: Start) -> None:
     assert (status["state"], status["expired"]) == ("frozen", True)
 
 
+def test_a_lease_from_the_first_instruction_on(start: Start) -> None:
+    """A guest that boots when it ends cannot be frozen, and is stopped."""
+    with pytest.raises(RuntimeError, match="the lease has expired, the guest must not run"):
+        start("--lease", str(boottime_ns()))
+    shim = start("--lease", str(boottime_ns() + 30_000_000))
+    status = shim.status()
+    assert status["deadline_ns"] > 0
+    shim.wait_event("expired", timeout=20)
+    status = shim.status()
+    assert status["expired"]
+    assert status["stopped"] or status["state"] == "frozen"
+    shim.call("lease", deadline_ns=boottime_ns() + 60_000_000_000)
+    if shim.status()["state"] == "frozen":
+        shim.call("thaw")
+    wait_for(lambda: "ready" in shim.console_log.read_text())
+
+
 def test_a_renewed_lease_never_freezes(start: Start) -> None:
     shim = start()
     console = running(shim)

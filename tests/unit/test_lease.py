@@ -41,6 +41,31 @@ def test_an_earlier_end_changes_nothing() -> None:
     assert lease.deadline == 102
 
 
+async def test_a_gap_between_two_leases_is_told() -> None:
+    clock = Clock()
+    lease = Lease(clock)
+    gained = 0
+
+    async def count() -> None:
+        nonlocal gained
+        while True:
+            await lease.gained.wait()
+            gained += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count)
+        for at in (101, 102, 103):
+            await wait_all_tasks_blocked()
+            lease.extend(at)
+        await wait_all_tasks_blocked()
+        assert gained == 1
+        clock.now = 104
+        lease.extend(105)
+        await wait_all_tasks_blocked()
+        assert gained == 2
+        nursery.cancel_scope.cancel()
+
+
 async def test_whoever_waits_is_woken_by_a_renewal_that_holds() -> None:
     clock = Clock()
     lease = Lease(clock)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,6 +88,21 @@ def test_a_restart_waits_for_its_time() -> None:
 def test_the_policy_decides_about_an_end(policy: str, reason: str, restart: bool, state: str) -> None:
     verdict = after_end(policy, reason, ran_for=5.0, failures=0)
     assert (verdict.restart, verdict.state) == (restart, state)
+
+
+@pytest.mark.parametrize("phase", ["absent", "ended", "paused"])
+def test_without_a_lease_nothing_begins_to_run(phase: Phase) -> None:
+    assert next_step(guest(), ME, Actual(phase, may_run=False), 0.0) is Step.NOTHING
+    assert next_step(guest(wanted="stopped"), ME, Actual(phase, may_run=False), 0.0) is Step.STOP
+    assert next_step(guest(owner="b" * 16), ME, Actual(phase, files=True, may_run=False), 0.0) is Step.DISCARD
+
+
+@pytest.mark.parametrize("phase", ["absent", "running", "paused", "ended"])
+@pytest.mark.parametrize("wanted", ["running", "paused", "stopped"])
+def test_a_stale_copy_goes_before_anything_else(phase: Phase, wanted: str) -> None:
+    stale = Actual(phase, files=True, stale=True)
+    assert next_step(guest(wanted=wanted, epoch=3), ME, stale, 0.0) is Step.DISCARD
+    assert next_step(guest(wanted=wanted), ME, replace(stale, held=True), 0.0) is Step.NOTHING
 
 
 @given(st.sampled_from(["on-failure", "always"]), st.sampled_from(["panic", "crashed", "killed", "reboot"]))
