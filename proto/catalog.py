@@ -227,7 +227,14 @@ def _change_member(state: State, peer: str, **update: Any) -> State:
 
 
 def _update_peer(state: State, entry: e.UpdatePeer, _client: str) -> State:
-    return _change_member(state, entry.peer, address=entry.address, site=entry.site, facts=entry.facts)
+    return _change_member(
+        state,
+        entry.peer,
+        address=entry.address,
+        site=entry.site,
+        facts=entry.facts,
+        gossip=entry.gossip,
+    )
 
 
 def _drain_peer(state: State, entry: e.DrainPeer, _client: str) -> State:
@@ -255,7 +262,16 @@ def _remove_peer(state: State, entry: e.RemovePeer, _client: str) -> State:
             update={"state": "lost", "state_since": state.time, "message": f"{member.name} was evicted"}
         )
         state = replace(state, guests=_with(state.guests, guest.key, lost))
-    return _change_member(state, member.id, status="left")
+    keys = tuple(key.model_copy(update={"stale": True}) for key in state.gossip_keys)
+    return _change_member(replace(state, gossip_keys=keys), member.id, status="left")
+
+
+def _rotate_gossip_key(state: State, entry: e.RotateGossipKey, _client: str) -> State:
+    newest = state.gossip_keys[-1].generation if state.gossip_keys else 0
+    if entry.generation != newest + 1:
+        raise Refused("conflict", f"gossip key {entry.generation} does not follow {newest}")
+    key = e.GossipKey(generation=entry.generation, key=entry.key, since=state.time)
+    return replace(state, gossip_keys=(*state.gossip_keys, key)[-2:])
 
 
 def _by_coordinator(client: str) -> None:
@@ -608,6 +624,7 @@ _TRANSITIONS: dict[type[e.Entry], Callable[[State, Any, str], State]] = {
     e.DrainPeer: _drain_peer,
     e.RemovePeer: _remove_peer,
     e.SetLease: _set_lease,
+    e.RotateGossipKey: _rotate_gossip_key,
     e.AddUser: _add_user,
     e.RemoveUser: _remove_user,
     e.AddToken: _add_token,

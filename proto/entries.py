@@ -61,7 +61,8 @@ class Facts(Thing):
 
 
 class Member(Thing):
-    """A peer. `id` is the first 16 hex digits of SHA-256 of its public key, `address` is HOST:PORT."""
+    """A peer. `id` is the first 16 hex digits of SHA-256 of its public key, `address` is HOST:PORT, and so is
+    `gossip`, its UDP socket for gossip (empty until it has told)."""
 
     id: str
     name: Name
@@ -75,6 +76,16 @@ class Member(Thing):
     joined: float = 0.0
     lease: float = Field(default=0.0, ge=0.0)
     """Seconds of the longest lease this peer may ever have been granted; it never falls."""
+    gossip: str = ""
+
+
+class GossipKey(Thing):
+    """A key that seals gossip, since `since`. `stale`: somebody who has left knows it."""
+
+    generation: int = Field(ge=1)
+    key: bytes = Field(min_length=32, max_length=32, repr=False)
+    since: float = 0.0
+    stale: bool = False
 
 
 class User(Thing):
@@ -246,6 +257,7 @@ class UpdatePeer(Entry):
     address: str
     site: str
     facts: Facts
+    gossip: str = ""
 
 
 class DrainPeer(Entry):
@@ -274,6 +286,14 @@ class SetLease(Entry):
     kind: Literal["set-lease"] = "set-lease"
     peer: str
     duration: Annotated[float, Field(gt=0.0, le=3600.0)]
+
+
+class RotateGossipKey(Entry):
+    """Gossip is sealed with this key from now on; `generation` follows the newest one's (1 is the first)."""
+
+    kind: Literal["rotate-gossip-key"] = "rotate-gossip-key"
+    generation: int = Field(ge=1)
+    key: bytes = Field(min_length=32, max_length=32, repr=False)
 
 
 class AddUser(Entry):
@@ -495,6 +515,7 @@ AnyEntry = Annotated[
     | DrainPeer
     | RemovePeer
     | SetLease
+    | RotateGossipKey
     | AddUser
     | RemoveUser
     | AddToken

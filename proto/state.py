@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from proto.api import ErrorCode, OperationError
 from proto.entries import (
+    GossipKey,
     Guest,
     Lab,
     Member,
@@ -76,6 +77,8 @@ class State:
     next_network: int = 1
     migrations: Mapping[str, Migration] = field(default_factory=dict)
     sessions: Mapping[str, Session] = field(default_factory=dict)
+    gossip_keys: tuple[GossipKey, ...] = ()
+    """The newest two, the newest last."""
     requests: Mapping[str, int] = field(default_factory=dict)
     """Step of a command (`Proposal.request`) → index at which it was applied."""
 
