@@ -25,6 +25,7 @@ from mobid.lease import Lease
 from mobid.logfile import LogFile
 from mobid.operations import Request, operation
 from mobid.signal import Changed
+from mobid.stamps import HybridClock
 from proto import entries, wire
 from proto.api import Arguments, OperationError
 from proto.catalog import Refused, State, applied_index, apply, skip
@@ -96,13 +97,16 @@ class Catalog:
         own: str,
         links: Reaching,
         bootstrap: State | None = None,
+        *,
         clock: Callable[[], float] = time.time,
+        stamps: HybridClock | None = None,
     ) -> None:
         """Opens and replays the log; raises `OperationError` if it is damaged."""
         self.lease = Lease()
         self._own = own
         self._links = links
         self._clock = clock
+        self._stamps = stamps or HybridClock(clock)
         self._file = LogFile(path) if path.exists() else LogFile.create(path)
         self._state = bootstrap or State()
         self._applied: list[entries.Proposal | None] = []
@@ -199,6 +203,7 @@ class Catalog:
                     boot=self._boot,
                     sequence=self._sequence,
                     request=request,
+                    stamp=self._stamps.now(),
                 )
                 while True:
                     try:
@@ -302,6 +307,7 @@ class Catalog:
         before = self._state if self._records else State()
         try:
             assert proposal is not None
+            self._stamps.witness(proposal.stamp)
             self._state = apply(before, record.index, proposal)
         except Refused:
             self._state = skip(before, record.index)

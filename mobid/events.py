@@ -3,49 +3,45 @@
 
 Events are for people and reports ("guest crashed", "migration ended"); nothing is decided by them, so they
 are written without fsync. The file is rotated once (`events.ndjson`, `events.ndjson.1`), which bounds what
-is kept.
+is kept. Each event has a stamp of the peer's hybrid logical clock, larger than those before: with the peer's
+id it names the event, and it says where the event stands among those of other peers.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import structlog
-import trio
-
-from mobid.operations import Request, operation
 from mobid.signal import Changed
-from mobid.tasks import background
-from proto import api
-from proto.api import OperationError
+from mobid.stamps import HybridClock
 
 LIMIT = 4 << 20
 """Bytes in one file before it is rotated; two are kept."""
 
-MERGE_TIMEOUT = 10.0
-RETRY_PAUSE = 2.0
-
 BACKLOG = 1000
-"""Events kept for those who follow; a follower further behind misses the ones between."""
-
-log = structlog.get_logger()
+"""Events kept in memory for those who follow; one who is further behind reads the file."""
 
 
 class Events:
-    """Where every part reports what a person may want to know. `peer` is this peer's name."""
+    """Where every part reports what a person may want to know.
 
-    def __init__(self, path: Path, peer: str, clock: Callable[[], float] = time.time) -> None:
+    `id` is this peer's, `peer` its name. An event is `{time, peer, kind, peer_id, stamp, …}`.
+    """
+
+    def __init__(self, path: Path, id: str, peer: str, clock: HybridClock) -> None:
+        self.id = id
         self.peer = peer
+        self.changed = Changed()
+        """Set after every event."""
         self._path = path
         self._clock = clock
         self._recent: list[dict[str, Any]] = []
-        self._count = 0
-        self._changed = Changed()
+        self._newest = self._forgotten = max((event["stamp"] for event in self.since(None)), default=0)
+        """The stamps of the newest event, and of the newest that is only on disk."""
+        clock.witness(self._newest)
         self._file = path.open("ab", buffering=0)
 
     def emit(self, kind: str, **facts: Any) -> None:
@@ -53,12 +49,15 @@ class Events:
 
         No secrets in `facts`.
         """
-        event = {"time": self._clock(), "peer": self.peer, "kind": kind, **facts}
+        self._newest = self._clock.now()
+        time = self._clock.wall()
+        event = {"time": time, "peer": self.peer, "kind": kind, "peer_id": self.id, "stamp": self._newest}
+        event |= facts
         line = json.dumps(event, default=str, separators=(",", ":")).encode() + b"\n"
         self._recent.append(event)
-        del self._recent[:-BACKLOG]
-        self._count += 1
-        self._changed.set()
+        if len(self._recent) > BACKLOG:
+            self._forgotten = self._recent.pop(0)["stamp"]
+        self.changed.set()
         try:
             self._write(line)
         except OSError:
@@ -72,12 +71,11 @@ class Events:
             self._file = self._path.open("ab", buffering=0)
         self._file.write(line)
 
-    def since(self, seconds: float | None) -> Iterator[dict[str, Any]]:
-        """The events on disk that are not older than this (None: all), oldest first.
-
-        Broken lines are left out.
+    def since(self, seconds: float | None, after: int = 0) -> Iterator[dict[str, Any]]:
+        """The events on disk that are not older than this (None: all) and have stamps above `after`, oldest
+        first. Broken lines are left out.
         """
-        earliest = 0.0 if seconds is None else self._clock() - seconds
+        earliest = 0.0 if seconds is None else self._clock.wall() - seconds
         for path in (self._path.with_name(self._path.name + ".1"), self._path):
             if not path.exists():
                 continue
@@ -85,91 +83,27 @@ class Events:
                 for line in file:
                     try:
                         event = json.loads(line)
-                    except ValueError:
+                        if event["time"] >= earliest and event["stamp"] > after:
+                            yield event
+                    except (ValueError, KeyError, TypeError):
                         continue
-                    if isinstance(event, dict) and event.get("time", 0.0) >= earliest:
-                        yield event
 
-    def follow(self) -> AsyncIterator[dict[str, Any]]:
-        """Every event from this call on, for ever."""
-        return self._follow(self._count)
+    def newer(self, after: int) -> tuple[list[dict[str, Any]], int]:
+        """The events with stamps above `after`, and a stamp below which there will be no others."""
+        if after >= self._forgotten:
+            found = [event for event in self._recent if event["stamp"] > after]
+        else:
+            found = list(self.since(None, after))
+        return found, self._clock.now()
 
-    async def _follow(self, seen: int) -> AsyncIterator[dict[str, Any]]:
-        while True:
-            while self._count == seen:
-                await self._changed.wait()
-            missing = min(self._count - seen, len(self._recent))
-            seen = self._count
-            for event in self._recent[len(self._recent) - missing :]:
-                yield event
+    async def wait_newer(self, after: int) -> None:
+        """Until there is an event with a stamp above `after`."""
+        await self.changed.wait_until(lambda: self._newest > after)
+
+    @property
+    def newest(self) -> int:
+        """The stamp of the newest event."""
+        return self._newest
 
     def close(self) -> None:
         self._file.close()
-
-
-class Streaming(Protocol):
-    """What the operation needs of the links."""
-
-    def stream(self, peer: str, op: str, args: api.Arguments) -> Any: ...
-
-
-class EventService:
-    """The operation `events`: this peer's events, or those of the whole mesh merged."""
-
-    def __init__(self, events: Events, links: Streaming, members: Callable[[], dict[str, str]]) -> None:
-        """`members()` gives the mesh's peers, id to name."""
-        self._events = events
-        self._links = links
-        self._members = members
-
-    @operation("events", role="viewer", args=api.Events, timeout=None)
-    async def events(self, request: Request, args: api.Events) -> None:
-        """Past events in the order of their time, then, with `follow`, new ones as they come."""
-        if args.local:
-            await self._local(request, args)
-        else:
-            await self._merged(request, args)
-
-    async def _local(self, request: Request, args: api.Events) -> None:
-        following = self._events.follow() if args.follow else None
-        for event in self._events.since(args.since):
-            await request.item(event)
-        if following is not None:
-            async for event in following:
-                await request.item(event)
-
-    async def _merged(self, request: Request, args: api.Events) -> None:
-        past: list[dict[str, Any]] = []
-        async with trio.open_nursery() as nursery:
-            for peer in self._members():
-                nursery.start_soon(self._collect, peer, args.since, past)
-        for event in sorted(past, key=lambda event: float(event.get("time", 0.0))):
-            await request.item(event)
-        if args.follow:
-            pumps = [self._pump(peer, request) for peer in self._members()]
-            async with background(*pumps):
-                await trio.sleep_forever()
-
-    async def _collect(self, peer: str, since: float | None, past: list[dict[str, Any]]) -> None:
-        with trio.move_on_after(MERGE_TIMEOUT):
-            try:
-                asked = api.Events(since=since, local=True)
-                async with self._links.stream(peer, "events", asked) as stream:
-                    async for event in stream:
-                        past.append(event)
-            except OperationError as error:
-                log.info("events.incomplete", peer=peer, reason=error.message)
-
-    def _pump(self, peer: str, request: Request) -> Callable[[], Awaitable[None]]:
-        async def pump() -> None:
-            asked = api.Events(since=0.0, follow=True, local=True)
-            while True:
-                try:
-                    async with self._links.stream(peer, "events", asked) as stream:
-                        async for event in stream:
-                            await request.item(event)
-                except OperationError as error:
-                    log.info("events.incomplete", peer=peer, reason=error.message)
-                await trio.sleep(RETRY_PAUSE)
-
-        return pump

@@ -33,13 +33,17 @@ class Mesh:
         identity: Identity,
         catalog: Catalog,
         links: Links,
+        *,
         facts: Callable[[], dict[str, Any]],
+        emit: Callable[..., None],
     ) -> None:
-        """`facts()` is what a ping answers beside the time: `{memory_free, …}` of this host now."""
+        """`facts()` is what a ping answers beside the time: `{memory_free, …}` of this host now. `emit` is
+        that of the events."""
         self._identity = identity
         self._catalog = catalog
         self._links = links
         self._facts = facts
+        self._emit = emit
 
     # Looking.
 
@@ -131,6 +135,7 @@ class Mesh:
             batch = entries.Batch(entries=(*earlier, entries.AddToken(token=kept)))
             await self._catalog.propose(batch, request=step(request, f"token.{attempt}"))
             if self._catalog.state.tokens.get(id) == kept:
+                self._emit("token.made", token=id, role=args.role, uses=args.uses)
                 return self._new_token(id, secret, args, expires)
             earlier = [entries.RevokeToken(token=id)]
         raise OperationError("conflict", "this command was asked too often", "ask for a token anew")
@@ -172,6 +177,7 @@ class Mesh:
         """Make a token worthless; who came in with it stays."""
         id = tokens.decode(args.token).id if args.token.startswith(tokens.PREFIX) else args.token
         await self._catalog.propose(entries.RevokeToken(token=id), request=step(request))
+        self._emit("token.revoked", token=id)
         return {"id": id, "state": "revoked"}
 
     # Coming in.
@@ -197,6 +203,7 @@ class Mesh:
                 token=token.id,
             )
             await self._catalog.propose(entries.AddPeer(member=member))
+            self._emit("peer.admitted", name=member.name, token=token.id)
         state = self._catalog.state
         known_to = (state.coordinator, _id_of(args.certificate))
         return {
@@ -217,6 +224,7 @@ class Mesh:
                 id=id, name=args.name, role=role, certificate=args.certificate, token=token.id
             )
             await self._catalog.propose(entries.AddUser(user=user))
+            self._emit("user.enrolled", name=user.name, role=role, token=token.id)
         state = self._catalog.state
         return {
             "mesh": state.mesh,
@@ -259,6 +267,7 @@ class Mesh:
             member = self._catalog.state.find_peer(args.peer)
             entry = entries.RemovePeer(peer=member.id, force=True)
             await self._catalog.propose(entry, request=step(request))
+            self._emit("peer.removed", name=member.name)
             return self._shown(self._catalog.state.members[member.id])
         for member in self._catalog.state.members.values():
             if args.peer in (member.name, member.id):

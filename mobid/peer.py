@@ -28,7 +28,8 @@ from mobid import host, joining
 from mobid.breakpoints import Breakpoints
 from mobid.catalog import Catalog
 from mobid.config import Config
-from mobid.events import Events, EventService
+from mobid.event_service import EventService
+from mobid.events import Events
 from mobid.guest_ops import GuestOperations
 from mobid.guests import Guests
 from mobid.helpers import HelperError, Helpers, find_binary
@@ -45,6 +46,7 @@ from mobid.networks import Networks
 from mobid.operations import Operations, Request, operation
 from mobid.rpc import ServedRequest
 from mobid.server import Server, open_tcp, open_unix
+from mobid.stamps import HybridClock
 from proto import api, entries, tokens
 from proto.api import OperationError
 from proto.liveness import Reach
@@ -79,16 +81,19 @@ class Peer:
         self.started = time.time()
         self.outcome = Outcome.STOPPED
         self.links = Links(identity, lambda: self.catalog.state, self._carry_out, self._turned)
-        self.catalog = Catalog(catalog_path, identity.id, self.links, bootstrap)
+        self.stamps = HybridClock()
+        self.catalog = Catalog(catalog_path, identity.id, self.links, bootstrap, stamps=self.stamps)
         self.operations = Operations(identity.id, lambda: self.catalog.state, self.links)
-        self.events = Events(config.path("events.ndjson"), config.name or socket.gethostname())
-        self.mesh = Mesh(identity, self.catalog, self.links, self._facts_now)
+        name = config.name or socket.gethostname()
+        self.events = Events(config.path("events.ndjson"), identity.id, name, self.stamps)
+        self.mesh = Mesh(identity, self.catalog, self.links, facts=self._facts_now, emit=self.events.emit)
         self._scope = trio.CancelScope()
         self._tcp: trio.SocketListener | None = None
         self.address = ""
         self._shutdown: list[Callable[[], Awaitable[None]]] = []
         self._closing: list[Callable[[], Awaitable[None]]] = []
-        for part in (self, self.catalog, self.mesh, EventService(self.events, self.links, self._members)):
+        history = EventService(self.events, self.stamps, self.links, self._members)
+        for part in (self, self.catalog, self.mesh, history):
             self.operations.add(part)
 
     @property

@@ -109,6 +109,7 @@ Size = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, le=10 * 365 * 86400)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Stamp = Annotated[int, Field(ge=0, lt=2**63)]
 Mode = Annotated[int, Field(ge=0, le=0o7777)]
 
 
@@ -200,9 +201,11 @@ class Events(Arguments):
     """`events`: those not older than `since` seconds (None: all that are kept), then what follows.
 
     `local` asks for the answering peer's own events only; otherwise those of the whole mesh are merged.
+    Events of a peer (id) up to the stamp that `after` gives for it are left out: so a reader goes on.
     """
 
     since: Seconds | None = None
+    after: Annotated[dict[str, Stamp], Field(max_length=10_000)] = Field(default_factory=dict)
     follow: bool = False
     local: bool = False
 

@@ -13,6 +13,9 @@ from mobictl.options import build
 from mobictl.session import Session, write_json
 from proto import api
 
+SHOWN = ("time", "peer", "kind", "peer_id", "stamp")
+"""Facts of every event, which have a place of their own in its line, or none."""
+
 
 def events(
     session: Session,
@@ -31,7 +34,9 @@ def events(
     async def work(client: Client) -> None:
         async with client.request("events", args) as request:
             async for item in request:
-                if not session.json:
+                if "remark" in item:
+                    session.note(item["remark"])
+                elif not session.json:
                     session.show(item, line(item))
                 elif follow:
                     write_json(item)
@@ -49,7 +54,7 @@ def events(
 
 def line(event: dict[str, Any]) -> str:
     """One event in one line: when, where, what, and its facts."""
-    facts = {key: value for key, value in event.items() if key not in ("time", "peer", "kind")}
+    facts = {key: value for key, value in event.items() if key not in SHOWN}
     words = " ".join(f"{key}={value}" for key, value in facts.items() if value not in (None, ""))
     text = (
         f"{tables.moment(event.get('time'))}  {event.get('peer', ''):<12} {event.get('kind', ''):<22} {words}"
