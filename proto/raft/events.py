@@ -62,7 +62,8 @@ class Stored:
     """What was durable when the peer started. The first record follows `base_index`, whose term is
     `base_term`; the snapshot's index is not before `base_index`. Everything up to `commit` is known to be
     committed (perhaps more is): it is applied at once, so that a peer that starts alone can answer.
-    `recovering`: the log was damaged or lost although the peer had voted or acknowledged before."""
+    `recovering`: the log was damaged or lost although the peer had voted or acknowledged before; so it stays,
+    over restarts, until `Durable.recovered`."""
 
     ballot: Ballot = field(default_factory=Ballot)
     snapshot: Snapshot = field(default_factory=Snapshot)

@@ -67,7 +67,8 @@ class Appended:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotPart:
-    """A piece of the state after record `index`, for a replica too far behind for records."""
+    """A piece of the state after record `index`, for a replica too far behind for records. `round` is 0 from
+    a replica that was asked with `Follow`; else it comes from the leader."""
 
     term: int
     index: int
@@ -81,7 +82,7 @@ class SnapshotPart:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotTaken:
-    """So many bytes of the snapshot at `index` are here."""
+    """So many bytes of the snapshot at `index` are here. `round` as in the part."""
 
     term: int
     index: int
@@ -98,9 +99,10 @@ class Lead:
 
 @dataclass(frozen=True, slots=True)
 class AskRead:
-    """A replica asks the leader up to where it must apply to read what is true now."""
+    """A member asks the leader up to where it must apply to read what is true now. `fresh`: as in `Read`."""
 
     cookie: int
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)
