@@ -149,7 +149,7 @@ _SHAPES: dict[type[Any], tuple[str, tuple[_Field, ...]]] = {
     ),
     messages.SnapshotTaken: ("snapshot-taken", (_NUMBER, _NUMBER, _NUMBER, _NUMBER)),
     messages.Lead: ("lead", (_NUMBER,)),
-    messages.AskRead: ("ask-read", (_NUMBER,)),
+    messages.AskRead: ("ask-read", (_NUMBER, _FLAG)),
     messages.Readable: ("readable", (_NUMBER, _MAYBE_NUMBER)),
     messages.Follow: ("follow", (_NUMBER, _NUMBER)),
     messages.Feed: ("feed", (_NUMBER, _PEER, _CONFIGURATION, _NUMBER, _NUMBER, _RECORDS, _NUMBER)),

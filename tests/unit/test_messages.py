@@ -50,7 +50,7 @@ any_message: st.SearchStrategy[Any] = st.one_of(
     ),
     st.builds(m.SnapshotTaken, numbers, numbers, numbers, numbers),
     st.builds(m.Lead, numbers),
-    st.builds(m.AskRead, numbers),
+    st.builds(m.AskRead, numbers, st.booleans()),
     st.builds(m.Readable, numbers, st.none() | numbers),
     st.builds(m.Follow, numbers, numbers),
     st.builds(
