@@ -5,8 +5,8 @@ Calls to one peer share a TLS connection, which is made when it is first needed 
 pauses, when it breaks. A stream has a connection of its own, so that a slow reader holds up nobody else. A
 bulk connection is plain TCP to the same port (`mobid/bulk.py`).
 
-The links also ping every member all the time, which keeps the shared connections warm, finds the broken
-ones, and feeds the guess of who is alive (`proto/liveness.py`; SWIM will take its place).
+A shared connection to a host that vanished does not break by itself. It is given up when gossip finds the
+peer dead (`drop`), or when answers do not come.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import socket
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
@@ -25,21 +24,21 @@ import trio.testing
 from mobid import rpc, tls
 from mobid.bulk import Bulk, Expectation
 from mobid.bulk import connect as connect_bulk
+from mobid.gossip import Liveness
 from mobid.identity import Identity
 from mobid.operations import Caller
 from mobid.tasks import background
-from proto import liveness as sight
 from proto.api import Arguments, OperationError, Role
 from proto.entries import Member
 from proto.identity import public_key
-from proto.liveness import Reach
 from proto.state import State
 
 CONNECT_TIMEOUT = 10.0
 PING_TIMEOUT = 3.0
-LOST_PINGS = 2
-"""After so many unanswered pings in a row the shared connection is given up and made anew."""
+LOST_ANSWERS = 2
+"""After so many unanswered calls in a row the shared connection is given up and made anew."""
 
+STRANGERS_INTERVAL = 1.0
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 1.5
 
@@ -64,12 +63,12 @@ class Stream(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Liveness:
-    """How a peer looks from here. `rtt` is a smoothed round trip in seconds, None if never measured."""
+class Sight(Protocol):
+    """How peers look: `mobid.gossip`."""
 
-    state: Reach
-    rtt: float | None
+    def liveness(self, peer: str) -> Liveness: ...
+
+    def last_answer(self, peer: str) -> dict[str, Any]: ...
 
 
 class _Link:
@@ -81,13 +80,13 @@ class _Link:
         self.scope: trio.CancelScope | None = None
         self.pause = 0.0
         self.not_before = 0.0
-        self.lost_pings = 0
-        self.pinging = False
+        self.lost_answers = 0
 
     def drop(self) -> None:
         if self.scope is not None:
             self.scope.cancel()
         self.client = self.scope = None
+        self.lost_answers = 0
 
 
 class Links:
@@ -98,30 +97,28 @@ class Links:
         identity: Identity,
         state: Callable[[], State],
         local: rpc.Runner,
-        turned: Callable[[str, Reach], None] = lambda _peer, _state: None,
+        sight: Sight,
     ) -> None:
         self._identity = identity
         self._state = state
         self._local = local
-        self._turned = turned
+        self._sight = sight
         self._context = tls.client_context(identity)
         self._links: dict[str, _Link] = {}
-        self._answers: dict[str, dict[str, Any]] = {}
         self._nursery: trio.Nursery | None = None
         self._running = trio.Event()
-        self._liveness = sight.Liveness()
         self.incoming_bulk = Bulk()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Own the connections and ping the members, for ever."""
+        """Own the connections, for ever."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self._running.set()
             task_status.started()
             try:
                 while True:
-                    self._watch(nursery)
-                    await trio.sleep(sight.INTERVAL)
+                    self._drop_strangers()
+                    await trio.sleep(STRANGERS_INTERVAL)
             finally:
                 self._nursery = None
 
@@ -142,9 +139,19 @@ class Links:
             return await self._local_call(op, args, timeout)
         name = self._state().peer_name(peer)
         deadline = trio.current_time() + timeout
+        client: rpc.Client | None = None
         with trio.move_on_at(deadline):
             client = await self._client(peer)
-            return await client.call(op, args, max(0.0, deadline - trio.current_time()))
+            try:
+                # The deadline passes before this timeout does, so that an error is the peer's own.
+                answer = await client.call(op, args, timeout)
+            except OperationError:
+                self._heard(peer)
+                raise
+            self._heard(peer)
+            return answer
+        if client is not None:
+            self._lost_answer(peer, client)
         raise OperationError("timeout", f"{name} did not answer {op} within {timeout:g} s")
 
     async def _local_call(self, op: str, args: Arguments | Mapping[str, Any] | None, timeout: float) -> Any:
@@ -218,13 +225,11 @@ class Links:
 
     def liveness(self, peer: str) -> Liveness:
         """How this peer (id) looks from here; the own one is always alive."""
-        if peer == self._identity.id:
-            return Liveness("alive", 0.0)
-        return Liveness(self._liveness.state(peer), self._liveness.rtt(peer))
+        return self._sight.liveness(peer)
 
     def last_answer(self, peer: str) -> dict[str, Any]:
-        """What a peer's last ping said of its host; empty if none was answered yet."""
-        return self._answers.get(peer, {})
+        """What a peer last told of its host (`memory_free`); empty if nothing yet."""
+        return self._sight.last_answer(peer)
 
     # Connecting.
 
@@ -262,57 +267,41 @@ class Links:
                 link.not_before = trio.current_time() + link.pause
                 raise
 
-    # Pinging.
+    # Giving up.
 
-    def _watch(self, nursery: trio.Nursery) -> None:
-        present = {m.id for m in self._state().members.values() if m.status == "member"}
-        others = frozenset(present - {self._identity.id})
-        for peer in set(self._links) - others:
-            self._links.pop(peer).drop()
-            self._answers.pop(peer, None)
-        self._handle(sight.Members(others))
-        for effect in self._handle(sight.Tick()):
-            link = self._links.setdefault(effect.peer, _Link())
-            if not link.pinging:
-                link.pinging = True
-                nursery.start_soon(self._ping, effect.peer, link)
+    def drop(self, peer: str) -> None:
+        """Give the shared connection up: the peer is dead."""
+        if peer in self._links:
+            self._links[peer].drop()
 
-    def _handle(self, event: sight.Members | sight.Answered | sight.Tick) -> list[sight.Ping]:
-        pings = []
-        for effect in self._liveness.handle(event, trio.current_time()):
-            match effect:
-                case sight.Ping():
-                    pings.append(effect)
-                case sight.Turned(peer, state):
-                    self._turned(peer, state)
-        return pings
+    def _drop_strangers(self) -> None:
+        members = self._state().members
+        for peer in list(self._links):
+            if peer not in members or members[peer].status != "member":
+                self._links.pop(peer).drop()
 
-    async def _ping(self, peer: str, link: _Link) -> None:
-        try:
-            await self.ping(peer)
-            link.lost_pings = 0
-        except OperationError:
-            link.lost_pings += 1
-            if link.lost_pings >= LOST_PINGS:
-                link.drop()
-        finally:
-            link.pinging = False
+    def _heard(self, peer: str) -> None:
+        if peer in self._links:
+            self._links[peer].lost_answers = 0
+
+    def _lost_answer(self, peer: str, client: rpc.Client) -> None:
+        link = self._links.get(peer)
+        if link is None or link.client is not client:
+            return
+        link.lost_answers += 1
+        if link.lost_answers >= LOST_ANSWERS:
+            link.drop()
 
     async def ping(self, peer: str, timeout: float = PING_TIMEOUT) -> float:
         """One round trip over the shared connection, in seconds; raises `OperationError`."""
         if peer == self._identity.id:
             return 0.0
-        client = None
         with trio.move_on_after(timeout):
-            client = await self._client(peer)
-        if client is None:
-            raise OperationError("unreachable", f"{self._state().peer_name(peer)} does not answer")
-        begun = trio.current_time()
-        answer = await client.call("ping", timeout=timeout)
-        rtt = trio.current_time() - begun
-        self._answers[peer] = answer if isinstance(answer, dict) else {}
-        self._handle(sight.Answered(peer, rtt))
-        return rtt
+            await self._client(peer)
+            begun = trio.current_time()
+            await self.call(peer, "ping", timeout=timeout)
+            return trio.current_time() - begun
+        raise OperationError("unreachable", f"{self._state().peer_name(peer)} does not answer")
 
 
 async def _run_in(scope: trio.CancelScope, client: rpc.Client) -> None:

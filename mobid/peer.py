@@ -30,6 +30,7 @@ from mobid.catalog import Catalog
 from mobid.config import Config
 from mobid.event_service import EventService
 from mobid.events import Events
+from mobid.gossip import Gossip
 from mobid.guest_ops import GuestOperations
 from mobid.guests import Guests
 from mobid.helpers import HelperError, Helpers, find_binary
@@ -49,8 +50,8 @@ from mobid.server import Server, open_tcp, open_unix
 from mobid.stamps import HybridClock
 from proto import api, entries, tokens
 from proto.api import OperationError
-from proto.liveness import Reach
 from proto.state import State
+from proto.swim.packets import Reach
 
 BOOTSTRAP = "mesh.json"
 ADVERTISE_TIMEOUT = 15.0
@@ -80,7 +81,8 @@ class Peer:
         self.identity = identity
         self.started = time.time()
         self.outcome = Outcome.STOPPED
-        self.links = Links(identity, lambda: self.catalog.state, self._carry_out, self._turned)
+        self.gossip = Gossip(identity.id, lambda: self.catalog.state, self._turned)
+        self.links = Links(identity, lambda: self.catalog.state, self._carry_out, self.gossip)
         self.stamps = HybridClock()
         self.catalog = Catalog(catalog_path, identity.id, self.links, bootstrap, stamps=self.stamps)
         self.operations = Operations(identity.id, lambda: self.catalog.state, self.links)
@@ -89,7 +91,7 @@ class Peer:
         self.mesh = Mesh(identity, self.catalog, self.links, facts=self._facts_now, emit=self.events.emit)
         self._scope = trio.CancelScope()
         self._tcp: trio.SocketListener | None = None
-        self.address = ""
+        self.address = self.gossip_address = ""
         self._shutdown: list[Callable[[], Awaitable[None]]] = []
         self._closing: list[Callable[[], Awaitable[None]]] = []
         history = EventService(self.events, self.stamps, self.links, self._members)
@@ -114,6 +116,8 @@ class Peer:
         return {member.id: member.name for member in members if member.status == "member"}
 
     def _turned(self, peer: str, state: Reach) -> None:
+        if state == "dead":
+            self.links.drop(peer)
         self.events.emit("peer.turned", name=self.catalog.state.peer_name(peer), state=state)
 
     # Starting.
@@ -141,6 +145,8 @@ class Peer:
         self._tcp = _listen(config.listen, own.address if own else None)
         port = self._tcp.socket.getsockname()[1]
         self.address = config.advertise or _outward(config.listen[0], port, token)
+        gossip_port = self.gossip.open(config.listen[0], port, own.gossip if own else "")
+        self.gossip_address = f"{self.address.rpartition(':')[0]}:{gossip_port}"
         self.events.peer = own.name if own else config.name or _host_name()
         if not state.mesh:
             await self._first_catalog()
@@ -157,6 +163,7 @@ class Peer:
             address=self.address,
             certificate=self.identity.certificate,
             facts=_facts(),
+            gossip=self.gossip_address,
         )
         self.catalog.found(joining.new_mesh_id(), member)
         self.events.emit("mesh.founded", mesh=self.catalog.state.mesh)
@@ -249,6 +256,7 @@ class Peer:
         nursery.start_soon(self.guests.run)
         nursery.start_soon(self._make_up_ports)
         nursery.start_soon(self.migrations.run)
+        nursery.start_soon(self.gossip.run, self.catalog, self.guests.memory_free)
 
     async def _reconnect(self, guest: str) -> None:
         await self.guests.local(guest).reconnect()
@@ -270,8 +278,11 @@ class Peer:
         self.events.peer = own.name
         facts = _facts()
         site = self.config.site or own.site
-        if own.status == "member" and (own.address, own.site, own.facts) != (self.address, site, facts):
-            update = entries.UpdatePeer(peer=self.id, address=self.address, site=site, facts=facts)
+        told = (own.address, own.gossip, own.site, own.facts)
+        if own.status == "member" and told != (self.address, self.gossip_address, site, facts):
+            update = entries.UpdatePeer(
+                peer=self.id, address=self.address, site=site, facts=facts, gossip=self.gossip_address
+            )
             await self._tell(update)
         self.config.path(BOOTSTRAP).unlink(missing_ok=True)
         await self.catalog.wait(lambda state: state.members[self.id].status == "left")
@@ -305,6 +316,7 @@ class Peer:
             await close()
         if self._tcp is not None:
             await self._tcp.aclose()
+        self.gossip.close()
         self.catalog.close()
         self.events.close()
 
@@ -333,6 +345,7 @@ class Peer:
             "leader": state.peer_name(state.coordinator),
             "peers": len(self._members()),
             "commit_index": state.index,
+            "gossip": self.gossip.figures(),
         }
 
     @operation("stop", role="admin", args=api.Stop, timeout=2 * SHUTDOWN_TIMEOUT)

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from mobid.catalog import Catalog
+from mobid.gossip import Liveness
 from mobid.images import CHUNK, ImageFetch, Images, KernelFetch
-from mobid.links import Links, Liveness
+from mobid.links import Links
 from mobid.operations import Caller, Request
 from proto import entries
 from proto.api import OperationError, Role
