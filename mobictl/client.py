@@ -31,7 +31,7 @@ from typing import Any, Final
 import trio
 
 from mobictl.credentials import Credentials
-from proto import wire
+from proto import versions, wire
 from proto.api import Arguments, OperationError
 from proto.identity import IdentityError, public_key
 
@@ -283,6 +283,7 @@ async def _connect_tls(target: str, credentials: Credentials | None, pinned: byt
     context.check_hostname = False
     # The key is the name: it is compared below, after the handshake has proved that the peer holds it.
     context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(versions.names())
     allowed = {pinned} if pinned is not None else set()
     if pinned is None:
         credentials = credentials or Credentials.load()
@@ -300,6 +301,14 @@ async def _connect_tls(target: str, credentials: Credentials | None, pinned: byt
         shown = public_key(stream.getpeercert(binary_form=True) or b"")
     except IdentityError:
         shown = b""
+    if stream.selected_alpn_protocol() is None:
+        await trio.aclose_forcefully(stream)
+        raise OperationError(
+            "unsupported",
+            f"the peer at {target} speaks none of the protocols that this mobictl does "
+            f"({', '.join(versions.names())})",
+            "use versions of Mobitopolo that are closer to one another",
+        )
     if shown not in allowed:
         await trio.aclose_forcefully(stream)
         raise OperationError(

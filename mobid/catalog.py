@@ -26,7 +26,7 @@ from mobid.logfile import LogFile
 from mobid.operations import Request, operation
 from mobid.signal import Changed
 from mobid.stamps import HybridClock
-from proto import entries, wire
+from proto import entries, versions, wire
 from proto.api import Arguments, OperationError
 from proto.catalog import Refused, State, applied_index, apply, skip
 from proto.log import Record
@@ -193,6 +193,7 @@ class Catalog:
         Raises `OperationError`: the code of a refusal if it contradicts the state; `no-leader` or `timeout`
         if the coordinator did not answer (then it may still become true).
         """
+        versions.check_entry(self._state, entry)
         reason = "the coordinator did not answer"
         with trio.move_on_after(timeout):
             async with self._slots:

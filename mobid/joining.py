@@ -21,7 +21,7 @@ from mobid.config import write_durably
 from mobid.identity import Identity
 from mobid.links import connect_tls
 from mobid.tasks import background
-from proto import api, entries, tokens
+from proto import api, entries, tokens, versions
 from proto.api import OperationError
 from proto.state import State
 
@@ -79,6 +79,8 @@ async def join(identity: Identity, text: str, name: str, site: str, address: str
         name=name,
         site=site,
         address=address,
+        oldest_protocol=versions.OLDEST,
+        newest_protocol=versions.NEWEST,
     )
     return await _knock(token.doors, "mesh.join", args)
 

@@ -330,6 +330,7 @@ async def connect_tls(
     try:
         await stream.do_handshake()
         tls.check_pinned(stream.getpeercert(binary_form=True), key, f"{address} ({name})")
+        await tls.check_protocol(stream, f"{name} at {address}")
     except (trio.BrokenResourceError, ssl.SSLError) as error:
         await trio.aclose_forcefully(tcp)
         raise OperationError(

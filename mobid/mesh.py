@@ -201,6 +201,9 @@ class Mesh:
                 address=args.address,
                 certificate=args.certificate,
                 token=token.id,
+                facts=entries.Facts(
+                    oldest_protocol=args.oldest_protocol, newest_protocol=args.newest_protocol
+                ),
             )
             await self._catalog.propose(entries.AddPeer(member=member))
             self._emit("peer.admitted", name=member.name, token=token.id)

@@ -48,7 +48,7 @@ from mobid.operations import Operations, Request, operation
 from mobid.rpc import ServedRequest
 from mobid.server import Server, open_tcp, open_unix
 from mobid.stamps import HybridClock
-from proto import api, entries, tokens
+from proto import api, entries, tokens, versions
 from proto.api import OperationError
 from proto.state import State
 from proto.swim.packets import Reach
@@ -419,6 +419,8 @@ def _facts() -> entries.Facts:
         cpus=len(os.sched_getaffinity(0)),
         cpu_features=tuple(sorted(processor.features)),
         xsave_size=processor.xsave_size,
+        oldest_protocol=versions.OLDEST,
+        newest_protocol=versions.NEWEST,
     )
 
 

@@ -190,6 +190,9 @@ class Server:
         return None
 
     async def _serve_secured(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+        if stream.selected_alpn_protocol() is None:
+            await tls.refuse_protocol(stream)
+            return
         certificate: bytes | None = stream.getpeercert(binary_form=True)
         caller = identify(self._state(), certificate)
         if caller is None:

@@ -186,6 +186,8 @@ class MeshJoin(Arguments):
     name: Name
     site: Annotated[str, StringConstraints(max_length=63)] = ""
     address: Annotated[str, StringConstraints(max_length=255)]
+    oldest_protocol: Annotated[int, Field(ge=1, le=1000)] = 1
+    newest_protocol: Annotated[int, Field(ge=1, le=1000)] = 1
 
 
 class MeshLogin(Arguments):

@@ -175,6 +175,7 @@ def _add_peer(state: State, entry: e.AddPeer, _client: str) -> State:
             raise Refused(
                 "exists", f"there is a peer named {member.name} already", "choose another name with --name"
             )
+    _speaks(state, member.name, member.facts)
     state = _spend(state, member.token, peer=True)
     update = {
         "joined": state.time,
@@ -184,6 +185,17 @@ def _add_peer(state: State, entry: e.AddPeer, _client: str) -> State:
     }
     member = member.model_copy(update=update)
     return replace(state, members=_with(state.members, member.id, member))
+
+
+def _speaks(state: State, name: str, facts: e.Facts) -> None:
+    """The version that all members speak never falls: entries of it may be in the log."""
+    if facts.newest_protocol < state.protocol:
+        raise Refused(
+            "unsupported",
+            f"{name} speaks version {facts.newest_protocol} of the protocol at most, this mesh "
+            f"version {state.protocol}",
+            "use a newer version of Mobitopolo there",
+        )
 
 
 def _free_id(state: State, id: str) -> None:
@@ -227,6 +239,7 @@ def _change_member(state: State, peer: str, **update: Any) -> State:
 
 
 def _update_peer(state: State, entry: e.UpdatePeer, _client: str) -> State:
+    _speaks(state, state.peer_name(entry.peer), entry.facts)
     return _change_member(
         state,
         entry.peer,

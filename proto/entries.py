@@ -51,13 +51,18 @@ class Thing(BaseModel):
 
 
 class Facts(Thing):
-    """What a peer says about its host; kept with the member so that placement need not ask."""
+    """What a peer says about its host; kept with the member so that placement need not ask.
+
+    The protocol versions are those that it speaks (`proto/versions.py`).
+    """
 
     version: str = ""
     memory: int = 0
     cpus: int = 0
     cpu_features: tuple[str, ...] = ()
     xsave_size: int = 0
+    oldest_protocol: int = 1
+    newest_protocol: int = 1
 
 
 class Member(Thing):

@@ -115,6 +115,12 @@ class State:
 
     # Shorthands.
 
+    @property
+    def protocol(self) -> int:
+        """The newest version of the protocol that all members speak."""
+        present = [m.facts.newest_protocol for m in self.members.values() if m.status == "member"]
+        return min(present, default=1)
+
     def peer_name(self, peer: str) -> str:
         """The name to show for a peer's id; the id itself if it is unknown."""
         member = self.members.get(peer)
