@@ -3,7 +3,7 @@
 
 Only guests that are bound to a lease (`on-partition: freeze`) and that people want running are touched; a
 guest that runs on without a lease may do so on the other side of a cut, and nobody here can know. One that is
-being moved is left to its handover (`proto/handover.py`). Each of the others gets the peer with the most memory
+being moved is left to its handover (`proto/handover.py`). Each of the others gets the peer with most memory
 left after those placed before it, at the site where its lab wants it if that can be; if there is no room at
 all, it is marked `fenced`, and looked at again as long as its peer stays lost.
 

@@ -18,9 +18,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from proto.entries import Member
-from proto.liveness import Reach
 from proto.raft.configuration import Configuration
 from proto.raft.events import ChangeVoters, TransferTo
+from proto.swim.events import Reach
 
 
 @dataclass(frozen=True, slots=True)
