@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from proto.entries import Member
 from proto.raft.configuration import Configuration
 from proto.raft.events import ChangeVoters, TransferTo
-from proto.swim.events import Reach
+from proto.swim.packets import Reach
 
 
 @dataclass(frozen=True, slots=True)
