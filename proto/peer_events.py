@@ -82,7 +82,10 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class Sighted:
-    """A hint from the membership: how a member looks, and what its host has free (None: unknown)."""
+    """A hint from the membership: how a member looks, and what its host has free (None: as before).
+
+    Of this peer itself too: what its own host has free.
+    """
 
     peer: str
     state: Reach

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any, cast, get_origin, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -24,6 +24,7 @@ LIMIT = 1 << 30
 """Bytes of the largest state that is read."""
 
 _STATE: TypeAdapter[State] = TypeAdapter(State)
+_MAPS = {name for name, hint in get_type_hints(State).items() if get_origin(hint) is Mapping}
 
 
 def encode(state: State) -> bytes:
@@ -34,7 +35,9 @@ def encode(state: State) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as MessagePack can say it; a map of the state is a list of pairs."""
+    """`value` as MessagePack can say it; a map of the state becomes a list of pairs."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
     if isinstance(value, BaseModel):
         return value.model_dump(mode="python")
     if isinstance(value, Session):
@@ -75,8 +78,8 @@ def decode(data: bytes) -> State:
 
 def _mapped(name: str, value: Any) -> Any:
     """A field of the state with its lists of pairs turned into maps again."""
-    if not isinstance(value, list):
-        return value
+    if name not in _MAPS:
+        return tuple(value) if isinstance(value, list) else value
     if name != "sessions":
         return dict(cast("list[list[Any]]", value))
     return {
