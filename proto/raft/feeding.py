@@ -240,8 +240,8 @@ class Observer:
 
     def _hear_of_leader(self, peer: str, message: Feed) -> None:
         replica = self._replica
-        if message.term < replica.term:
-            return
+        if message.term < replica.term or message.leader == replica.own:
+            return  # whether it leads itself it knows best
         if message.leader and (message.term > replica.term or not replica.leader):
             if message.term > replica.term:
                 replica.adopt(message.term)

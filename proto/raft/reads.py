@@ -120,7 +120,7 @@ class Reads:
 
     def settle(self, leadership: Leadership | None) -> None:
         """Answer what can be answered, ask what must be asked, give up what is too old."""
-        if leadership and (self._fresh or self._leased or self._own):
+        if leadership:
             self._settle_leader(leadership)
         elif self._own or self._asked:
             self._ask()
@@ -142,8 +142,11 @@ class Reads:
         (self._fresh if question.fresh else self._leased).append(question)
 
     def _settle_leader(self, leadership: Leadership) -> None:
-        while self._own:
-            self._lead(self._own.popleft(), leadership)
+        """Questions that were asked of another leader before are this one's now."""
+        for question in (*self._asked, *self._own):
+            self._lead(question, leadership)
+        self._asked = []
+        self._own.clear()
         if not leadership.settled:
             return
         if self._replica.now < leadership.lease_until:
