@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from proto.addresses import segments
 from proto.lab import Lab, guests
+from proto.scale import scaled
 
 ROUNDS: Final = 300
 CELL: Final = 190
@@ -54,6 +55,7 @@ class Graph:
 
 def from_lab(lab: Lab) -> Graph:
     """The picture of a lab file."""
+    lab = scaled(lab).lab
     vertices = [Vertex(g.name, g.image, str(g.place) if g.place else "") for g in guests(lab)]
     edges = [
         Edge(s.name, tuple((p.guest, p.interface) for p in s.ports), str(s.subnet or ""))

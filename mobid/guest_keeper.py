@@ -59,6 +59,10 @@ class Keeping(Protocol):
         """Run the local guest's task for as long as it has processes."""
         ...
 
+    async def predecessor_gone(self, guest: entries.Guest) -> None:
+        """Wait until nothing is left here of another guest of the same name, whose place this one takes."""
+        ...
+
     async def admit(self, guest: entries.Guest, start: Callable[[], Awaitable[None]]) -> None:
         """Check that there is memory for the guest, and call `start` before anybody else is admitted."""
         ...
@@ -162,6 +166,7 @@ class Keeper:
             retry_at=self._retry_at,
             may_run=wanted is None or not wanted.lease_bound or self._k.lease.valid,
             stale=local is not None and wanted is not None and local.record.epoch < wanted.epoch,
+            outdated=local is not None and _outdated(local.record, wanted),
         )
         return next_step(wanted, self._k.me, actual, trio.current_time())
 
@@ -282,6 +287,8 @@ class Keeper:
                 await self._start(guest)
             case Step.STOP if guest is not None:
                 await self._stop(guest)
+            case Step.RESTART if guest is not None and local is not None:
+                await self._end_for_change(local)
             case Step.PAUSE if guest is not None and local is not None:
                 await self._pause(guest, local)
             case Step.RESUME if guest is not None and local is not None:
@@ -343,6 +350,12 @@ class Keeper:
             await self._put_away(local)
         self.force, self._failures, self._retry_at = False, 0, None
         await self._see(Seen("stopped", reason))
+
+    async def _end_for_change(self, local: LocalGuest) -> None:
+        await self._end_guest(local)
+        await self._put_away(local)
+        self._failures, self._retry_at, self._automatic = 0, None, False
+        self._k.events.emit("guest.changed", guest=local.record.key)
 
     async def _end_guest(self, local: LocalGuest) -> None:
         """Ask the guest to power off; kill it if it does not, or if `force` says so, also meanwhile."""
@@ -421,6 +434,7 @@ class Keeper:
     async def _bring_up(self, guest: entries.Guest) -> None:
         image, kernel = await self._material(guest)
         local = self.local = self._prepared(guest, image, kernel)
+        await self._k.predecessor_gone(guest)
         await self._k.admit(guest, lambda: local.start(guest, image, kernel))
         self._k.watch(local)
         await self._finish_boot(guest, local)
@@ -482,6 +496,14 @@ def record_of(around: Surroundings, guest: entries.Guest, image: Image, kernel: 
         interfaces=guest.interfaces,
         lease_bound=guest.lease_bound,
     )
+
+
+def _outdated(record: Record, wanted: entries.Guest | None) -> bool:
+    """Whether the processes must be made anew for what is asked of the guest now."""
+    if wanted is None:
+        return False
+    made = (record.memory, record.cpus, record.interfaces)
+    return made != (wanted.memory, wanted.cpus, wanted.interfaces)
 
 
 async def run_command(agent: Agent, command: str) -> None:

@@ -167,6 +167,15 @@ class Guests:
             logger.exception("guest cannot be watched any more", guest=local.record.key)
             local.trouble = f"internal error: {error}"
 
+    async def predecessor_gone(self, guest: entries.Guest) -> None:
+        """Wait until nothing is left here of another guest of the same name, whose place this one takes."""
+
+        def alone() -> bool:
+            others = (k.local for id, k in self._keepers.items() if id != guest.id)
+            return not any(local is not None and local.record.key == guest.key for local in others)
+
+        await self._departed.wait_until(alone)
+
     async def admit(self, guest: entries.Guest, start: Callable[[], Awaitable[None]]) -> None:
         """Start a guest if there is memory for it; one at a time, so that no two count on the same bytes."""
         async with self._admission:

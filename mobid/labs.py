@@ -20,20 +20,17 @@ import trio
 from mobid.catalog import Catalog
 from mobid.guest_ops import wait_gone
 from mobid.images import Images
+from mobid.lab_planning import LabPlanning
 from mobid.links import Links
 from mobid.operations import Request, operation, step, taken_back
-from mobid.placing import hosts
 from proto import api, deploy, entries
 from proto.api import OperationError
 from proto.lab import Lab, guests
-from proto.labcheck import LabError, read_lab
-from proto.plan import PlanError, place
-from proto.problems import Problem
+from proto.scale import scaled
 from proto.state import State
 
 UP_TIMEOUT = 600.0
 DOWN_TIMEOUT = 90.0
-SHOWN_PROBLEMS = 5
 
 
 class Labs:
@@ -43,20 +40,11 @@ class Labs:
         self, catalog: Catalog, images: Images, links: Links, clock: Callable[[], float] = time.time
     ) -> None:
         self._catalog = catalog
-        self._images = images
         self._links = links
+        self._planning = LabPlanning(catalog, images, links)
         self._clock = clock
 
     # Deploying.
-
-    @operation("lab.plan", role="viewer", args=api.LabFile, timeout=None)
-    async def plan(self, _request: Request, args: api.LabFile) -> dict[str, Any]:
-        """Where each guest would start, and what would be made; nothing changes."""
-        lab, choices = await self._planned(args)
-        state = self._catalog.state
-        batch = deploy.lab_entries(lab, args.source, choices, deploy.taken_macs(state))
-        made = [entry.guest for entry in batch.entries if isinstance(entry, entries.AddGuest)]
-        return {"lab": lab.name, "guests": [deploy.row(guest, state, self._clock()) for guest in made]}
 
     @operation("lab.up", role="operator", args=api.LabFile, timeout=None)
     async def up(self, request: Request, args: api.LabFile) -> dict[str, Any]:
@@ -76,58 +64,34 @@ class Labs:
                 with trio.CancelScope(shield=True):
                     await self._take_down(name)
             raise
-        return self._shown(name)
+        return self.shown(name)
 
     async def _make(self, request: Request, args: api.LabFile) -> str:
         """Write the lab into the catalog, unless an earlier attempt of the command has; its name."""
         if self._catalog.applied(step(request)) is not None:
-            return read_lab(args.lab).name
-        lab, choices = await self._planned(args)
+            return self._planning.read(args).name
+        lab = self._planning.read(args)
+        choices = await self.choices(args, lab)
         batch = deploy.lab_entries(lab, args.source, choices, deploy.taken_macs(self._catalog.state))
         await self._catalog.propose(batch, timeout=30, request=step(request))
         return lab.name
 
-    async def _planned(self, args: api.LabFile) -> tuple[Lab, deploy.Choices]:
-        """Everything that can be known beforehand. Raises `OperationError` with all that is wrong."""
-        try:
-            lab = read_lab(args.lab)
-        except LabError as error:
-            raise _refusal(args.source, error.problems) from None
+    async def choices(self, args: api.LabFile, lab: Lab) -> deploy.Choices:
+        """Everything that can be known before a new lab is made. Raises `OperationError`."""
         state = self._catalog.state
         if lab.name in state.labs or any(guest.lab == lab.name for guest in state.guests.values()):
             raise OperationError(
-                "exists", f"there is a lab {lab.name} already", f"mobictl lab down {lab.name} removes it"
+                "exists",
+                f"there is a lab {lab.name} already",
+                f"mobictl lab apply changes it, mobictl lab down {lab.name} removes it",
             )
-        images: dict[str, tuple[str, str]] = {}
-        for guest in guests(lab):
-            if guest.image not in images:
-                images[guest.image] = await self._image(args.source, guest.name, guest.image)
-        placed = await self._placed(lab, args.source)
-        owners = {name: state.find_peer(peer).id for name, peer in placed.items()}
-        return lab, deploy.Choices(owners, images, {name: secrets.token_hex(4) for name in placed})
-
-    async def _image(self, source: str, guest: str, image: str) -> tuple[str, str]:
-        try:
-            return await self._images.resolve(image)
-        except OperationError as error:
-            where = Problem(("topology", "nodes", guest, "image"), "").where
-            mend = f" ({error.hint})" if error.hint else ""
-            text = f"{source}: {where}: {error.message}{mend}"
-            raise OperationError(error.code, text, "nothing was changed") from None
-
-    async def _placed(self, lab: Lab, source: str) -> dict[str, str]:
-        there = await hosts(self._catalog, self._links)
-        for guest in guests(lab):
-            if guest.place is not None and guest.place.peer in there.silent:
-                raise OperationError(
-                    "unreachable",
-                    f"{source}: {guest.name!r} is placed at {guest.place.peer!r}, which does not answer",
-                    "mobictl peer ls shows who does",
-                )
-        try:
-            return place(lab, there.hosts)
-        except PlanError as error:
-            raise _refusal(source, error.problems) from None
+        everyone = guests(scaled(lab).lab)
+        wanted: dict[str, str] = {}
+        for guest in everyone:
+            wanted.setdefault(guest.image, guest.name)
+        images = await self._planning.images(args.source, lab, wanted)
+        owners = await self._planning.owners(args.source, lab, everyone)
+        return deploy.Choices(owners, images, {name: secrets.token_hex(4) for name in owners})
 
     async def _watch_start(self, request: Request, lab: str) -> None:
         """Tell each change of a guest's state until all run. Raises `OperationError` when one failed."""
@@ -221,7 +185,7 @@ class Labs:
     async def show(self, _request: Request, args: api.LabArguments) -> dict[str, Any]:
         """One lab with its guests and networks."""
         lab = self._catalog.state.find_lab(args.lab)
-        return {**self._shown(lab.name), "source": lab.source, "created": lab.created, "model": lab.model}
+        return {**self.shown(lab.name), "source": lab.source, "created": lab.created, "model": lab.model}
 
     @operation("lab.graph", role="viewer", args=api.LabArguments)
     async def graph(self, _request: Request, args: api.LabArguments) -> dict[str, Any]:
@@ -229,7 +193,8 @@ class Labs:
         state = self._catalog.state
         return deploy.graph(state.find_lab(args.lab).name, state)
 
-    def _shown(self, lab: str) -> dict[str, Any]:
+    def shown(self, lab: str) -> dict[str, Any]:
+        """`{lab, guests, networks}`."""
         state = self._catalog.state
         return {
             "lab": lab,
@@ -240,10 +205,3 @@ class Labs:
 
 def _guests_of(state: State, lab: str) -> list[entries.Guest]:
     return [guest for guest in state.guests.values() if guest.lab == lab]
-
-
-def _refusal(source: str, problems: list[Problem]) -> OperationError:
-    """All problems of a lab file as one error."""
-    shown = "; ".join(f"{problem.where}: {problem.message}" for problem in problems[:SHOWN_PROBLEMS])
-    more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-    return OperationError("bad-argument", f"{source}: {shown}{more}", "nothing was changed")

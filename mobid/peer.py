@@ -36,6 +36,7 @@ from mobid.guests import Guests
 from mobid.helpers import HelperError, Helpers, find_binary
 from mobid.identity import Identity
 from mobid.images import Images
+from mobid.lab_apply import LabChanges
 from mobid.labs import Labs
 from mobid.links import Links
 from mobid.mesh import Mesh
@@ -250,7 +251,8 @@ class Peer:
         self._shutdown.append(self.migrations.end_all)
         nets = NetworkOperations(self.networks, self.catalog, self.links)
         labs = Labs(self.catalog, self.images, self.links)
-        for part in (self.images, vms, labs, self.migrations, nets, self.networks.tunnels):
+        changes = LabChanges(self.catalog, self.images, self.links, labs)
+        for part in (self.images, vms, labs, changes, self.migrations, nets, self.networks.tunnels):
             self.operations.add(part)
         await nursery.start(self.networks.run)
         nursery.start_soon(self.guests.run)

@@ -216,7 +216,7 @@ class Events(Arguments):
 
 
 class LabFile(Arguments):
-    """`lab.up`, `lab.plan`: the file's content; `source` is only for messages."""
+    """`lab.up`, `lab.apply`, `lab.plan`: the file's content; `source` is only for messages."""
 
     lab: Annotated[str, StringConstraints(max_length=1 << 20)]
     source: Annotated[str, StringConstraints(max_length=4096)] = "lab file"

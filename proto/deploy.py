@@ -9,12 +9,13 @@ follows from the catalog, so any peer can tell it again at any time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from proto import addresses, entries
-from proto.lab import DEFAULT_LAB, Lab, dump_lab, guests
+from proto.lab import DEFAULT_LAB, Guest, Lab, dump_lab, guests
+from proto.scale import scaled
 from proto.state import State
 
 
@@ -32,36 +33,75 @@ class Choices:
 
 def lab_entries(lab: Lab, source: str, choices: Choices, taken_macs: frozenset[str]) -> entries.Batch:
     """All that makes this lab wanted, as one entry. `taken_macs` are those of other labs."""
-    segments = addresses.segments(lab, taken_macs)
-    mtu = {guest.name: guest.mtu for guest in guests(lab)}
     parts: list[entries.AnyEntry] = [
         entries.PutLab(lab=entries.Lab(name=lab.name, model=dump_lab(lab), source=source))
     ]
-    parts += [_network_entry(lab.name, segment, mtu) for segment in segments]
-    ports: dict[str, list[addresses.Port]] = {name: [] for name in mtu}
-    for segment in segments:
-        for port in segment.ports:
-            ports[port.guest].append(port)
+    lab = scaled(lab).lab
+    segments = addresses.segments(lab, taken_macs)
+    interfaces = interfaces_of(lab, segments)
+    parts += [entries.PutNetwork(network=network) for network in networks_of(lab, segments)]
     for guest in guests(lab):
-        image, digest = choices.images[guest.image]
-        own = sorted(ports[guest.name], key=lambda port: (len(port.interface), port.interface))
-        made = entries.Guest(
-            key=f"{lab.name}/{guest.name}",
+        made = guest_of(
+            lab.name,
+            guest,
+            interfaces[guest.name],
+            image=choices.images[guest.image],
             id=choices.ids[guest.name],
-            image=image,
-            image_hash=digest,
-            memory=guest.memory,
-            disk=guest.disk or 0,
-            cpus=guest.cpus,
-            interfaces=tuple(_interface(lab.name, port, guest.mtu) for port in own),
-            exec=guest.exec,
-            env=dict(guest.env),
             owner=choices.owners[guest.name],
-            on_partition=cast(Literal["run", "freeze"], guest.on_partition),
-            restart_policy=cast(entries.RestartPolicy, guest.restart_policy),
         )
         parts.append(entries.AddGuest(guest=made))
     return entries.Batch(entries=tuple(parts))
+
+
+def networks_of(lab: Lab, segments: Sequence[addresses.Segment]) -> list[entries.Network]:
+    """The networks of a lab for the catalog, their ids still open."""
+    mtu = {guest.name: guest.mtu for guest in guests(lab)}
+    return [_network(lab.name, segment, mtu) for segment in segments]
+
+
+def interfaces_of(
+    lab: Lab, segments: Sequence[addresses.Segment]
+) -> dict[str, tuple[entries.Interface, ...]]:
+    """Guest → its interfaces, eth1 before eth10."""
+    everyone = guests(lab)
+    ports: dict[str, list[addresses.Port]] = {guest.name: [] for guest in everyone}
+    for segment in segments:
+        for port in segment.ports:
+            ports[port.guest].append(port)
+    return {
+        guest.name: tuple(
+            _interface(lab.name, port, guest.mtu)
+            for port in sorted(ports[guest.name], key=lambda port: (len(port.interface), port.interface))
+        )
+        for guest in everyone
+    }
+
+
+def guest_of(
+    lab: str,
+    guest: Guest,
+    interfaces: tuple[entries.Interface, ...],
+    *,
+    image: tuple[str, str],
+    id: str,
+    owner: str,
+) -> entries.Guest:
+    """A new guest for the catalog; `image` is its name and the SHA-256 of its root."""
+    return entries.Guest(
+        key=f"{lab}/{guest.name}",
+        id=id,
+        image=image[0],
+        image_hash=image[1],
+        memory=guest.memory,
+        disk=guest.disk or 0,
+        cpus=guest.cpus,
+        interfaces=interfaces,
+        exec=guest.exec,
+        env=dict(guest.env),
+        owner=owner,
+        on_partition=cast(Literal["run", "freeze"], guest.on_partition),
+        restart_policy=cast(entries.RestartPolicy, guest.restart_policy),
+    )
 
 
 def removal_entries(state: State, lab: str) -> entries.Batch:
@@ -79,9 +119,10 @@ def removal_entries(state: State, lab: str) -> entries.Batch:
     return entries.Batch(entries=tuple(parts))
 
 
-def taken_macs(state: State) -> frozenset[str]:
-    """Every MAC address of the mesh."""
-    return frozenset(interface.mac for guest in state.guests.values() for interface in guest.interfaces)
+def taken_macs(state: State, but: str = "") -> frozenset[str]:
+    """Every MAC address of the mesh, but for those of one lab."""
+    others = (guest for guest in state.guests.values() if guest.lab != but)
+    return frozenset(interface.mac for guest in others for interface in guest.interfaces)
 
 
 def settings(guest: entries.Guest, state: State) -> dict[str, Any]:
@@ -182,13 +223,13 @@ def graph(lab: str, state: State) -> dict[str, Any]:
     }
 
 
-def _network_entry(lab: str, segment: addresses.Segment, mtu: Mapping[str, int]) -> entries.PutNetwork:
+def _network(lab: str, segment: addresses.Segment, mtu: Mapping[str, int]) -> entries.Network:
     quality = segment.quality
     impairment = entries.Impairment(
         delay=quality.delay, jitter=quality.jitter, loss=quality.loss, rate=quality.rate
     )
     plain = impairment == entries.Impairment()
-    network = entries.Network(
+    return entries.Network(
         key=f"{lab}:{segment.name}",
         lab=lab,
         kind="link" if segment.kind == "link" else "network",
@@ -197,7 +238,6 @@ def _network_entry(lab: str, segment: addresses.Segment, mtu: Mapping[str, int])
         subnet=str(segment.subnet) if segment.subnet is not None else "",
         mtu=min(mtu[port.guest] for port in segment.ports),
     )
-    return entries.PutNetwork(network=network)
 
 
 def _interface(lab: str, port: addresses.Port, mtu: int) -> entries.Interface:

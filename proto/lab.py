@@ -33,6 +33,7 @@ from proto.labfields import (
     Place,
     PlaceField,
     RestartPolicy,
+    Scale,
     SubnetField,
 )
 from proto.units import Duration, Percentage, Rate
@@ -75,6 +76,9 @@ class Defaults(Shape):
 class Node(Defaults):
     """One guest of the file, as it is written there; `guests` gives it with the defaults filled in."""
 
+    scale: Scale | None = Field(
+        default=None, description="that many guests, NAME-1 to NAME-N; a network's member NAME means all"
+    )
     exec: list[Command] = Field(
         default_factory=list,
         max_length=64,

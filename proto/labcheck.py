@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from proto.lab import DEFAULT_LAB, INTERFACES, LATER, Impairment, Lab, dump_lab, guest
 from proto.labfields import Subnet
 from proto.problems import Path, Problem, from_pydantic, suggestion
+from proto.scale import scale_problems, scaled
 from proto.units import format_rate, shown
 
 RESERVED = frozenset({"localhost"})
@@ -65,9 +66,19 @@ def write_lab(lab: Lab) -> str:
 
 
 def check(lab: Lab) -> list[Problem]:
-    """All problems of references in a lab, in the order of the checks."""
+    """All problems of references in a lab, in the order of the checks; its scales first."""
+    problems = list(scale_problems(lab))
+    if problems:
+        return problems
+    whole = scaled(lab)
     checks = (_names, _images, _endpoints, _network_names, _counts, _subnets, _impairments)
-    return [problem for one in checks for problem in one(lab)]
+    found: dict[object, Problem] = {}
+    for one in checks:
+        for problem in one(whole.lab):
+            told = whole.in_file(problem)
+            # What is wrong with a scaled node is wrong with each of its guests, and said of the first.
+            found.setdefault((told.path, problem.message if told.path == problem.path else one), told)
+    return list(found.values())
 
 
 def _names(lab: Lab) -> Iterator[Problem]:

@@ -237,6 +237,7 @@ OnPartition = Annotated[
         "elsewhere; `freeze` stands still, and may be restarted from its image on another peer"
     ),
 ]
+Scale = Annotated[int, Field(ge=1, le=1024, strict=True)]
 RestartPolicy = Literal["never", "on-failure", "always"]
 _ENDPOINT_SCHEMA = {"type": "string", "pattern": f"^{NAME}:{INTERFACE}$", "examples": ["content:eth1"]}
 _MEMBER_SCHEMA = {"type": "string", "pattern": f"^{NAME}(:{INTERFACE})?$", "examples": ["a", "a:eth1"]}

@@ -8,8 +8,9 @@ half placed: either every guest has a peer, or `PlanError` tells all that is in 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from proto.lab import Guest, Lab, guests
 from proto.problems import Problem, suggestion
@@ -36,10 +37,19 @@ class PlanError(ValueError):
 
 def place(lab: Lab, hosts: Sequence[Host]) -> dict[str, str]:
     """Guest → peer, for every guest of the lab. Raises PlanError."""
+    return place_guests(guests(lab), hosts)
+
+
+def place_guests(
+    everyone: Sequence[Guest], hosts: Sequence[Host], stay: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
+    """Guest → peer, for these guests. `stay` says where some of them are: they stay there if they fit.
+
+    Raises PlanError.
+    """
     free = {host.name: host.memory_free for host in hosts}
     placed: dict[str, str] = {}
     problems: list[Problem] = []
-    everyone = guests(lab)
     for guest in sorted(everyone, key=lambda guest: guest.place is None):
         candidates, problem = _candidates(guest, hosts)
         if problem is None:
@@ -48,7 +58,7 @@ def place(lab: Lab, hosts: Sequence[Host]) -> dict[str, str]:
         if problem is not None:
             problems.append(problem)
             continue
-        best = max(candidates, key=lambda host: free[host.name])
+        best = max(candidates, key=lambda host: (host.name == stay.get(guest.name), free[host.name]))
         free[best.name] -= guest.memory
         placed[guest.name] = best.name
     if problems:

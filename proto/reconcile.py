@@ -41,6 +41,8 @@ class Step(Enum):
     PAUSE = "pause"
     RESUME = "resume"
     STOP = "stop"
+    RESTART = "restart"
+    """End it in order, to start it as it is wanted now."""
     DISCARD = "discard"
     """It is not ours, or not any more: end its processes, put its files out of the way."""
 
@@ -51,7 +53,8 @@ class Actual:
     clock.
 
     `may_run`: it needs no lease, or the peer's lease holds. `stale`: it was made by an earlier right than
-    the catalog gives now; between the two the guest may have run elsewhere.
+    the catalog gives now; between the two the guest may have run elsewhere. `outdated`:
+    its processes were made with something else than what is asked for now.
     """
 
     phase: Phase
@@ -60,6 +63,7 @@ class Actual:
     retry_at: float | None = None
     may_run: bool = True
     stale: bool = False
+    outdated: bool = False
 
 
 def next_step(wanted: Guest | None, me: str, actual: Actual, now: float) -> Step:
@@ -77,6 +81,8 @@ def next_step(wanted: Guest | None, me: str, actual: Actual, now: float) -> Step
         return Step.NOTHING
     if actual.phase in ("absent", "ended"):
         return Step.WAIT if actual.retry_at is not None and now < actual.retry_at else Step.START
+    if actual.outdated:
+        return Step.RESTART
     if wanted.wanted == "paused":
         return Step.PAUSE if actual.phase == "running" else Step.NOTHING
     return Step.RESUME if actual.phase == "paused" else Step.NOTHING

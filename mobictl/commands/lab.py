@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.text import Text
 
 from mobictl import picture, tables
 from mobictl.command import application, command
 from mobictl.commands.vm import guest_table
 from mobictl.labfile import load_lab_file
 from mobictl.options import LabArgument, build
-from mobictl.progress import reporting
+from mobictl.progress import Reporter, reporting
 from mobictl.session import Session
 from mobictl.tables import Column
 from proto import api
@@ -24,6 +25,7 @@ from proto.api import OperationError
 from proto.lab import lab_schema
 from proto.labcheck import write_lab
 from proto.problems import Problem
+from proto.scale import scaled
 
 app = application("Labs: networks of guests from one file.")
 
@@ -79,7 +81,7 @@ def located(message: str, source: str) -> list[Problem]:
 def validate(session: Session, file: FileArgument) -> None:
     """Check a lab file, without asking any peer."""
     lab, _ = load_lab_file(file)
-    topology = lab.topology
+    topology = scaled(lab).lab.topology
     facts = {"guests": len(topology.nodes), "links": len(topology.links), "networks": len(topology.networks)}
     words = ", ".join(
         f"{count} {name if count != 1 else name[:-1]}" for name, count in facts.items() if count
@@ -91,18 +93,69 @@ def validate(session: Session, file: FileArgument) -> None:
 def up(session: Session, file: FileArgument) -> None:
     """Make a lab of a file and start its guests."""
     with reporting(session, "lab up") as report:
-        seen: dict[str, str] = {}
-
-        def step(item: dict[str, Any]) -> None:
-            guest, state = str(item.get("guest") or ""), str(item.get("state") or "")
-            if not guest:
-                report.step(str(item.get("stage") or ""))
-            elif seen.get(guest) != state:
-                seen[guest] = state
-                report.step(f"{guest}: {state}")
-
-        made = _ask(session, "lab.up", file, step)
+        made = _ask(session, "lab.up", file, _stages(report))
     session.show(made, f"{made['lab']} is up", guest_table(_rows(made)))
+
+
+@command(app, "apply", interrupted="what has begun goes on; mobictl lab show tells how far it is")
+def apply(session: Session, file: FileArgument) -> None:
+    """Make a lab what its changed file says, touching only what differs."""
+    with reporting(session, "lab apply") as report:
+        done = _ask(session, "lab.apply", file, _stages(report))
+    lines = [Text(f"{done['lab']}: {_outcome(done)}"), *_lines(done)]
+    if done["unconfirmed"]:
+        silent = ", ".join(done["unconfirmed"])
+        lines.append(Text(f"not confirmed by {silent}: what is removed there ends when it is back", "yellow"))
+    session.show(done, *lines, "", guest_table(_rows(done)))
+
+
+def _outcome(done: dict[str, Any]) -> str:
+    if not done["changes"]:
+        return "is up" if not done["untouched"] else "nothing to do"
+    return f"is as the file says; {_untouched(done)}"
+
+
+def _untouched(document: dict[str, Any]) -> str:
+    count = document["untouched"]
+    return f"{count} guest{'s' * (count != 1)} untouched"
+
+
+_COSTS = {
+    "live": "while it runs",
+    "restart": "starts again, with its disk",
+    "anew": "made anew, with an empty disk",
+    "move": "moves live",
+    "start": "starts",
+}
+_STYLES = {"+": "green", "~": "yellow", "-/+": "red", "-": "red"}
+
+
+def _lines(document: dict[str, Any]) -> list[Text]:
+    """The changes of a plan, a line each: what, at which cost, and what differs."""
+    changes = document.get("changes", [])
+    width = max((len(change["name"]) for change in changes), default=0)
+    lines = []
+    for change in changes:
+        cost = _COSTS.get(change["how"], "") if change["what"] == "guest" or change["how"] == "live" else ""
+        words = "; ".join(part for part in (cost, ", ".join(change["details"])) if part)
+        line = f"{change['sign']:>3} {change['what']:<7}  {change['name']:<{width}}  {words}"
+        lines.append(Text(line.rstrip(), _STYLES.get(change["sign"], "")))
+    return lines
+
+
+def _stages(report: Reporter) -> Callable[[dict[str, Any]], None]:
+    """Tells each stage, and each change of a guest's state once."""
+    seen: dict[str, str] = {}
+
+    def step(item: dict[str, Any]) -> None:
+        guest, state = str(item.get("guest") or ""), str(item.get("state") or "")
+        if not guest:
+            report.step(str(item.get("stage") or ""))
+        elif seen.get(guest) != state:
+            seen[guest] = state
+            report.step(f"{guest}: {state}")
+
+    return step
 
 
 def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -112,9 +165,16 @@ def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 @command(app, "plan")
 def plan(session: Session, file: FileArgument) -> None:
-    """Show what lab up would make and where, without making it."""
+    """Show what lab up would make and where, or what lab apply would change; nothing is done."""
     found = _ask(session, "lab.plan", file)
-    session.show(found, tables.table(_rows(found), PLAN, "no guests"))
+    made = tables.table(_rows(found), PLAN, "no guests")
+    if not found["exists"]:
+        session.show(found, made)
+    elif not found["changes"]:
+        session.show(found, f"{found['lab']}: nothing to do; {_untouched(found)}")
+    else:
+        placed = ["", made] if _rows(found) else []
+        session.show(found, *_lines(found), _untouched(found), *placed)
 
 
 @command(app, "down", interrupted="the lab goes on ending; mobictl lab ls shows when it is gone")

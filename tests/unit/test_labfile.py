@@ -82,7 +82,7 @@ WRONG = [
     ),
     (
         "name: t\ntopology:\n  nodes:\n    a: {image: mini, restart-policy: §sometimes}\n",
-        "expected 'no', 'on-failure' or 'always', not 'sometimes'",
+        "expected 'never', 'on-failure' or 'always', not 'sometimes'",
     ),
     (
         "name: t\ntopology:\n  nodes:\n    a: {image: mini, env: {§A B: x}}\n",
@@ -172,6 +172,29 @@ WRONG = [
     (
         HEAD + "  networks: {lan: {members: [beta:eth1, §beta:eth1]}}\n",
         "the endpoint 'beta:eth1' is used twice, first in networks.lan.members[0]",
+    ),
+    (
+        "name: t\ntopology:\n  nodes:\n    a: {image: mini, scale: §0}\n",
+        "expected at least 1, not 0",
+    ),
+    (
+        "name: t\ntopology:\n  nodes:\n    a-2: {image: mini}\n    a: {image: mini, scale: §3}\n",
+        "'a' stands for 'a-2' too, which is a node of its own",
+    ),
+    (
+        "name: t\ntopology:\n  nodes:\n    a: {image: mini, scale: 3}\n    b: {image: mini}\n"
+        '  links: [{endpoints: [§"a:eth1", "b:eth1"]}]\n',
+        "'a' has the scale 3, and a link joins two guests; name one of them, as a-1:eth1, "
+        "or put a on a network",
+    ),
+    (
+        "name: t\ntopology:\n  nodes:\n    a: {image: mini, scale: 3}\n"
+        '  networks: {lan: {members: ["a", §"a-2"]}}\n',
+        "'a-2' is a member of the network 'lan' twice",
+    ),
+    (
+        "name: t\ntopology:\n  nodes:\n    a: §{scale: 3}\n",
+        "the guest 'a-1' has no image, nor is there a default one",
     ),
     (HEAD + "    # 0\n    # 1\n  §link: []\n", "unknown key 'link'; did you mean 'links'?"),
 ]

@@ -64,6 +64,15 @@ def test_a_guest_that_is_not_ours_is_discarded_unless_a_migration_has_it() -> No
         assert next_step(wanted, ME, Actual("paused", held=True), 0) is Step.NOTHING
 
 
+def test_a_guest_made_with_something_else_is_restarted() -> None:
+    for phase in ("running", "paused"):
+        actual = Actual(phase, outdated=True)
+        assert next_step(guest(), ME, actual, 0) is Step.RESTART
+        assert next_step(guest(wanted="stopped"), ME, actual, 0) is Step.STOP
+    assert next_step(guest(), ME, Actual("ended", outdated=True), 0) is Step.START
+    assert next_step(guest(), ME, Actual("running", outdated=True, held=True), 0) is Step.NOTHING
+
+
 def test_a_restart_waits_for_its_time() -> None:
     actual = Actual("ended", retry_at=10.0)
     assert next_step(guest(), ME, actual, now=9.9) is Step.WAIT
