@@ -23,7 +23,7 @@ from mobid.lab_planning import LabPlanning
 from mobid.labs import UP_TIMEOUT, Labs
 from mobid.links import Links
 from mobid.moving import move_live
-from mobid.operations import Request, operation
+from mobid.operations import Request, operation, step
 from proto import api, deploy, entries
 from proto.api import OperationError
 from proto.lab import Guest, Lab, guests
@@ -90,7 +90,9 @@ class LabChanges:
         if lab.name not in self._catalog.state.labs:
             return {**await self._labs.up(request, args), "changes": [], "untouched": 0, "unconfirmed": []}
         await request.item({"stage": "checking", "guest": None, "state": None})
-        before, found = await self._commit(args, lab)
+        if self._catalog.applied(step(request)) is not None:
+            return await self._watch_again(request, lab.name)
+        before, found = await self._commit(args, lab, step(request))
         silent = await self._carry_out(request, before, found)
         await self._move(request, args, found)
         return {
@@ -99,6 +101,12 @@ class LabChanges:
             "untouched": found.untouched,
             "unconfirmed": silent,
         }
+
+    async def _watch_again(self, request: Request, lab: str) -> dict[str, Any]:
+        """An earlier attempt of the command made the change: wait for what is wanted."""
+        wanted = (g for g in self._catalog.state.guests.values() if g.lab == lab and g.wanted == "running")
+        _raise(await self._watch(request, State(), frozenset(guest.key for guest in wanted)))
+        return {**self._labs.shown(lab), "changes": [], "untouched": 0, "unconfirmed": []}
 
     # Deciding.
 
@@ -120,15 +128,18 @@ class LabChanges:
             owners = await self._planning.owners(args.source, found.file, found.to_place, found.stay, growing)
         return owners, {one.name: secrets.token_hex(4) for one in found.to_place}
 
-    async def _commit(self, args: api.LabFile, lab: Lab) -> tuple[State, Difference]:
+    async def _commit(self, args: api.LabFile, lab: Lab, request: str) -> tuple[State, Difference]:
         """Write the difference into the catalog; the state that it was made from, and the difference."""
         for attempt in range(1, ATTEMPTS + 1):
             before = self._catalog.state
             found = await self._difference(args, lab)
             owners, ids = await self._choices(args, found)
             try:
-                await self._catalog.propose(found.batch(args.source, owners, ids), timeout=30)
+                batch = found.batch(args.source, owners, ids)
+                await self._catalog.propose(batch, timeout=30, request=request)
             except OperationError as error:
+                if self._catalog.applied(request) is not None:
+                    return before, found
                 now = self._catalog.state.labs.get(lab.name)
                 if attempt == ATTEMPTS or now is None or now.revision == found.old.revision:
                     raise error
@@ -155,12 +166,7 @@ class LabChanges:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wait_removed)
             trouble = await self._watch(request, before, _watched(before, found))
-        if trouble:
-            raise OperationError(
-                "failed",
-                "; ".join(trouble[:5]) + (f"; and {len(trouble) - 5} more" if len(trouble) > 5 else ""),
-                "the rest of the lab is as the file says; mend the cause and run lab apply again",
-            )
+        _raise(trouble)
         return silent
 
     async def _watch(self, request: Request, before: State, keys: frozenset[str]) -> list[str]:
@@ -221,6 +227,16 @@ class LabChanges:
         await request.item({"stage": "moving", "guest": guest.name, "state": f"moving to {name}"})
         await move_live(self._links, guest, to)
         await request.item({"stage": "moving", "guest": guest.name, "state": f"at {name}"})
+
+
+def _raise(trouble: list[str]) -> None:
+    if trouble:
+        more = f"; and {len(trouble) - 5} more" if len(trouble) > 5 else ""
+        raise OperationError(
+            "failed",
+            "; ".join(trouble[:5]) + more,
+            "the rest of the lab is as the file says; mend the cause and run lab apply again",
+        )
 
 
 def _watched(before: State, found: Difference) -> frozenset[str]:
