@@ -21,7 +21,7 @@ from mobid.catalog import Catalog
 from mobid.events import Events
 from mobid.guest import Exit, LocalGuest, Surroundings
 from mobid.guest_disk import DiskPlan, begin_afresh
-from mobid.guest_record import Record
+from mobid.guest_record import Record, told_digest
 from mobid.images import Image, Images, Kernel
 from mobid.lease import Lease
 from mobid.signal import Changed
@@ -35,6 +35,7 @@ logger = structlog.get_logger(__name__)
 
 BOOT_TIMEOUT = 90.0
 STOP_TIMEOUT = 30.0
+TELL_TIMEOUT = 10.0
 REPORT_AGAIN = 1.0
 OUTPUT_TAIL = 600
 """Bytes of a failed command's output that are kept for the message."""
@@ -105,11 +106,17 @@ class Keeper:
         self._automatic = False
         self._stood = False
         """Whether it was said that the guest stands still."""
+        self._untold = True
+        """Whether the guest may have to be told anew who its neighbours are."""
         self._pulse = 0
         self._changed = Changed()
         self._leaving = False
         self.left = trio.Event()
         """Set when nobody looks after the guest any more."""
+
+    def neighbours_changed(self) -> None:
+        """Something in the guest's lab, or what is asked of the guest, has changed."""
+        self._untold = True
 
     def wake(self) -> None:
         """Something may have changed; look again."""
@@ -295,10 +302,28 @@ class Keeper:
                 await self._resume(guest, local)
             case Step.NOTHING if guest is not None and local is not None and self._half_booted(local):
                 await self._attempt(guest, lambda: self._finish_boot(guest, local))
+            case Step.NOTHING if guest is not None and local is not None and self._untold:
+                await self._tell_anew(guest, local)
 
     def _half_booted(self, local: LocalGuest) -> bool:
         """Whether an earlier peer process started this guest and did not come to its end."""
         return self._ours() and not self.held and local.phase == "running" and local.record.stage != "ready"
+
+    async def _tell_anew(self, guest: entries.Guest, local: LocalGuest) -> None:
+        """Tell a guest that runs what has changed of its environment and of its neighbours' names."""
+        if not self._ours() or self.held or local.phase != "running" or local.record.stage != "ready":
+            return
+        settings = deploy.settings_while_running(guest, self._k.catalog.state)
+        digest = told_digest(settings)
+        if digest != local.record.told:
+            try:
+                agent = await local.ready_agent(TELL_TIMEOUT)
+                await agent.configure(settings)
+                local.save(told=digest)
+            except (AgentError, OperationError) as error:
+                # The next change of its lab, or its next start, tells it.
+                logger.warning("guest cannot be told", guest=guest.key, error=str(error))
+        self._untold = False
 
     async def _discard(self, local: LocalGuest) -> None:
         """It was removed or stopped before it went elsewhere, or it is stale: what it did here since may be
@@ -443,10 +468,12 @@ class Keeper:
         """Tell a guest that boots who it is, and run its commands. Raises `OperationError`, `AgentError`."""
         agent = await local.ready_agent(BOOT_TIMEOUT)
         local.save(stage="booted", started=local.record.started or self._k.clock())
-        await agent.configure(deploy.settings(guest, self._k.catalog.state))
+        state = self._k.catalog.state
+        await agent.configure(deploy.settings(guest, state))
+        told = told_digest(deploy.settings_while_running(guest, state))
         for command in guest.exec:
             await run_command(agent, command)
-        local.save(stage="ready")
+        local.save(stage="ready", told=told)
         self._retry_at, self._automatic = None, False
         self._k.events.emit("guest.started", guest=guest.key, image=guest.image)
         processor = self._k.processor

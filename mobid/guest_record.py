@@ -7,10 +7,12 @@ that whoever reads it sees the state before the step or after it.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mobid.guest_disk import DiskPlan
 from proto import entries
@@ -45,6 +47,8 @@ class Record:
     started: float = 0.0
     lease_bound: bool = False
     """Whether it runs only while this peer has a lease."""
+    told: str = ""
+    """A digest of what the guest was told of itself and its neighbours (`told_digest`)."""
 
     def dump(self) -> bytes:
         values = {f: getattr(self, f) for f in self.__dataclass_fields__}
@@ -66,3 +70,8 @@ class Record:
             return cls(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OperationError("failed", f"{path} cannot be read: {error}") from error
+
+
+def told_digest(settings: Mapping[str, Any]) -> str:
+    """16 hex digits that differ when the settings do."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -26,12 +26,12 @@ from mobid.events import Events
 from mobid.guest import LocalGuest, Ports, Surroundings
 from mobid.guest_keeper import Keeper, record_of
 from mobid.guest_lease import Renewals, entitled
-from mobid.guest_record import Record
+from mobid.guest_record import Record, told_digest
 from mobid.helpers import Helpers
 from mobid.images import Images
 from mobid.lease import Lease
 from mobid.signal import Changed
-from proto import entries
+from proto import deploy, entries
 from proto.api import OperationError
 from proto.reconcile import missing_features
 from proto.state import State
@@ -238,8 +238,9 @@ class Guests:
         keeper = Keeper(self, guest.id, None)
         record = record_of(self.around, guest, image, material)
         local = LocalGuest(self.around, record, keeper.wake)
+        told = told_digest(deploy.settings_while_running(guest, self.catalog.state))
         try:
-            local.save(migration=migration, epoch=guest.epoch + 1)
+            local.save(migration=migration, epoch=guest.epoch + 1, told=told)
             await self.admit(guest, lambda: local.start(guest, image, material, incoming=True))
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -296,13 +297,21 @@ class Guests:
     def _look(self, state: State, before: State) -> None:
         """Wake the keepers of guests that changed, and make those that are missing."""
         changed: set[str] = set()
+        labs: set[str] = set()
         for key in state.guests.keys() | before.guests.keys():
             new, old = state.guests.get(key), before.guests.get(key)
             if new is old:
                 continue
             changed |= {guest.id for guest in (new, old) if guest is not None}
+            if not deploy.same_neighbours(new, old):
+                labs.add(key.partition("/")[0])
             if new is not None and new.owner == self.me and new.id not in self._keepers:
                 self._begin(Keeper(self, new.id, None))
+        for id, keeper in self._keepers.items():
+            lab = keeper.local.record.key.partition("/")[0] if keeper.local else ""
+            if id in changed or lab in labs:
+                keeper.neighbours_changed()
+                changed.add(id)
         for id in changed:
             self._wake(id)
 

@@ -187,7 +187,10 @@ class LabChanges:
 
     def _is_settled(self, before: State, key: str) -> bool:
         guest = self._catalog.state.guests.get(key)
-        return guest is None or guest.state in ("failed", "lost") or _is_there(before, guest)
+        if guest is None or _is_there(before, guest):
+            return True
+        # One that failed before and is wanted again has not been tried yet.
+        return guest.state == "lost" or (guest.state == "failed" and guest.wanted != "running")
 
     def _trouble(self, before: State, key: str) -> str:
         guest = self._catalog.state.guests.get(key)

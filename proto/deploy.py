@@ -138,6 +138,17 @@ def settings(guest: entries.Guest, state: State) -> dict[str, Any]:
     }
 
 
+def settings_while_running(guest: entries.Guest, state: State) -> dict[str, Any]:
+    """What of `settings` is told to a guest that runs when it changes: its interfaces stay as they are."""
+    told = settings(guest, state)
+    return {name: told[name] for name in ("hostname", "hosts", "env")}
+
+
+def same_neighbours(one: entries.Guest | None, other: entries.Guest | None) -> bool:
+    """Whether the lab's other guests are told the same of both."""
+    return one is not None and other is not None and one.interfaces == other.interfaces
+
+
 def _hosts(guest: entries.Guest, state: State) -> dict[str, list[str]]:
     """Every guest of the lab by name → its addresses, those on a network shared with `guest` first."""
     if guest.lab == DEFAULT_LAB:

@@ -53,8 +53,8 @@ class Actual:
     clock.
 
     `may_run`: it needs no lease, or the peer's lease holds. `stale`: it was made by an earlier right than
-    the catalog gives now; between the two the guest may have run elsewhere. `outdated`:
-    its processes were made with something else than what is asked for now.
+    the catalog gives now; between the two the guest may have run elsewhere. `outdated`: its processes were
+    made with something else than what is asked for now.
     """
 
     phase: Phase
