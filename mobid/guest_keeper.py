@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import structlog
 import trio
@@ -80,6 +80,7 @@ class Seen:
     restarts: int | None = None
     cpu_features: tuple[str, ...] | None = None
     xsave_size: int | None = None
+    held_to: Literal["run", "freeze"] | None = None
     give_up: entries.WantedState | None = None
     """What was wanted and cannot be had: it is wanted no more."""
 
@@ -203,6 +204,7 @@ class Keeper:
             restarts=seen.restarts,
             cpu_features=seen.cpu_features,
             xsave_size=seen.xsave_size,
+            held_to=seen.held_to,
         )
         entry: entries.Entry = report
         if seen.give_up == guest.wanted:
@@ -483,6 +485,7 @@ class Keeper:
                 started=local.record.started,
                 cpu_features=tuple(sorted(processor.features)),
                 xsave_size=processor.xsave_size,
+                held_to="freeze" if local.record.lease_bound else "run",
             )
         )
 
@@ -529,8 +532,8 @@ def _outdated(record: Record, wanted: entries.Guest | None) -> bool:
     """Whether the processes must be made anew for what is asked of the guest now."""
     if wanted is None:
         return False
-    made = (record.memory, record.cpus, record.interfaces)
-    return made != (wanted.memory, wanted.cpus, wanted.interfaces)
+    made = (record.memory, record.cpus, record.interfaces, record.lease_bound)
+    return made != (wanted.memory, wanted.cpus, wanted.interfaces, wanted.lease_bound)
 
 
 async def run_command(agent: Agent, command: str) -> None:

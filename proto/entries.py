@@ -380,7 +380,7 @@ class ChangeGuest(Entry):
     """Something else is asked for of a guest; None leaves a field as it is. Refused while a handover is open.
 
     Its owner starts it anew, with the disks it has, when what its processes were made with (`memory`, `cpus`,
-    `interfaces`) is not what is asked for.
+    `interfaces`, `on_partition`) is not what is asked for.
     """
 
     kind: Literal["change-guest"] = "change-guest"

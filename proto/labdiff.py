@@ -9,7 +9,8 @@ guests keep their processes and connections, names their addresses. What differs
   policies) or when it starts the next time (`exec`).
 * `start`: it had failed or was lost, and is wanted.
 * `move`: the file names another place; a running guest goes there live.
-* `restart`: the guest ends in order and starts anew with the disk it has (memory, cpus, interfaces).
+* `restart`: the guest ends in order and starts anew with the disk it has (memory, cpus, interfaces,
+  on-partition).
 * `anew`: a new guest with an empty disk in the old one's place (image, size of the disk).
 
 Two keys mean something only where the file itself has changed. An image is a name whose content may be built
@@ -257,7 +258,7 @@ class _Comparison:
         if dict(one.env) != there.env:
             yield "live", _env_change(there.env, one.env)
         if one.on_partition != there.on_partition:
-            yield "live", f"on-partition {there.on_partition} → {one.on_partition}"
+            yield "restart", f"on-partition {there.on_partition} → {one.on_partition}"
         if one.restart_policy != there.restart_policy:
             yield "live", f"restart-policy {there.restart_policy} → {one.restart_policy}"
         yield from self._place_cost(one, there)

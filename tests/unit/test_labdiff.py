@@ -106,6 +106,7 @@ CASES: list[tuple[Callable[[Model], object], dict[str, str]]] = [
     (lambda t: t["nodes"]["b"].update(exec=["true"]), {"b": "live"}),
     (lambda t: t["nodes"]["b"].update({"restart-policy": "never"}), {"b": "live"}),
     (lambda t: t["nodes"]["b"].update(memory="96M"), {"b": "restart"}),
+    (lambda t: t["nodes"]["b"].update({"on-partition": "freeze"}), {"b": "restart"}),
     (lambda t: t["nodes"]["b"].update(disk="16M"), {"b": "anew"}),
     (lambda t: t["nodes"]["b"].update(image="other"), {"b": "anew"}),
     (lambda t: t["nodes"]["b"].update(image="other", memory="96M", env={}), {"b": "anew"}),
