@@ -17,7 +17,7 @@ from proto.api import OperationError
 from tests.guest.peers import PeerProcess, eventually
 from tests.guest.test_networks import begin
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(240)]
 
 LAB: dict[str, Any] = {
     "name": "pair",
