@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 from tests.sim.handover_world import World
+from tests.sim.swim_faults import Trial
 
 
 def handover(seed: int) -> None:
@@ -26,7 +27,17 @@ def handover(seed: int) -> None:
         raise
 
 
-SIMULATIONS: dict[str, Callable[[int], None]] = {"handover": handover}
+def membership(seed: int) -> None:
+    """Members come, go, stand still and are cut off; what others see of them follows."""
+    trial = Trial(seed)
+    try:
+        trial.settle()
+    except Exception as error:
+        error.add_note("\n".join(trial.trace))
+        raise
+
+
+SIMULATIONS: dict[str, Callable[[int], None]] = {"handover": handover, "membership": membership}
 
 
 def replay_command(name: str, seed: int) -> str:

@@ -3,7 +3,7 @@
 
 One seed is one schedule; time is simulated. The members' machines are the real ones; a packet is handed over
 as the object it is, and only its size is counted. All machines share one roster and keep only what differs
-from it, so that ten thousand members fit. `run(seed)` is the simulation with faults and invariants;
+from it, so that ten thousand members fit. The faults and what must hold are in `swim_faults.py`;
 `tests/bench/membership.py` measures in the same world.
 """
 
@@ -23,10 +23,6 @@ from proto.swim.packets import DATAGRAM, ENVELOPE, packet_size
 HEADERS = 28
 """Bytes of IP and UDP before each datagram."""
 
-FAULTS_UNTIL = 60.0
-SETTLED_WITHIN = 120.0
-"""Seconds after the last fault until everybody must see everybody as they are."""
-
 
 class Violation(AssertionError):
     """What must never be, at this seed."""
@@ -34,17 +30,19 @@ class Violation(AssertionError):
 
 @dataclass(slots=True)
 class Host:
-    """A member: its machine (None while it is crashed), its timer, and until when it stands still."""
+    """A member: its machine (None while it is crashed), its timer, and until when it stands still.
+
+    What members of another `group`, or those in `deaf_to`, send does not reach it.
+    """
 
     id: str
     machine: Swim | None = None
     wake: float = -1.0
     still: float = 0.0
-    place: tuple[float, float] = (0.0, 0.0)
     group: int = 0
     deaf_to: frozenset[str] = frozenset()
     bytes_out: int = 0
-    boot: int = 0
+    packets_out: int = 0
 
 
 class World:
@@ -54,6 +52,7 @@ class World:
         self.rng = random.Random(seed)
         self.settings = settings or Settings()
         self.loss = loss
+        self.doubled = 0.0
         self.now = 0.0
         self.turned: list[tuple[float, str, str, str]] = []
         """(time, who sees, whom, state)"""
@@ -71,7 +70,6 @@ class World:
     def boot(self, host: Host, incarnation: int = 0) -> None:
         """Start a member's machine."""
         host.machine = Swim(host.id, self.settings, random.Random(self.rng.getrandbits(48)), incarnation)
-        host.boot += 1
         host.still = 0.0
         self._feed(host, Members(self.roster))
 
@@ -115,22 +113,26 @@ class World:
                 host.wake = max(effect.at, self.now)
                 heapq.heappush(self._queue, (host.wake, next(self._order), host, Woken(TIMER)))
             else:
-                self._saw(host, effect)
+                self.saw(host, effect)
 
     def _carry(self, sender: Host, receiver: Host, send: Send) -> None:
         size = packet_size(send.message) + ENVELOPE
         if size > DATAGRAM:
             raise Violation(f"{sender.id} sends {size} bytes: {send.message}")
         sender.bytes_out += size + HEADERS
+        sender.packets_out += 1
         if receiver.machine is None or sender.group != receiver.group or sender.id in receiver.deaf_to:
             return
         if self.loss and self.rng.random() < self.loss:
             return
-        at = self.now + self.delay(sender, receiver)
         event = Received(sender.id, send.message)
-        heapq.heappush(self._queue, (at, next(self._order), receiver, event))
+        copies = 2 if self.doubled and self.rng.random() < self.doubled else 1
+        for _ in range(copies):
+            at = self.now + self.delay(sender, receiver)
+            heapq.heappush(self._queue, (at, next(self._order), receiver, event))
 
-    def _saw(self, host: Host, turned: Turned) -> None:
+    def saw(self, host: Host, turned: Turned) -> None:
+        """A member's view of another one has turned."""
         self.turned.append((self.now, host.id, turned.peer, turned.state))
 
     @property
