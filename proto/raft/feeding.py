@@ -240,7 +240,7 @@ class Observer:
 
     def _hear_of_leader(self, peer: str, message: Feed) -> None:
         replica = self._replica
-        if message.term < replica.term or message.leader == replica.own:
+        if message.leader == replica.own or (message.term < replica.term and replica.votes):
             return  # whether it leads itself it knows best
         if message.leader and (message.term > replica.term or not replica.leader):
             if message.term > replica.term:

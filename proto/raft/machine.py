@@ -197,7 +197,7 @@ class Raft:
 
     def _start(self) -> None:
         self._started = True
-        self._replica.rest()
+        self._replica.start()
         self._election.start()
         self._observer.start()
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from proto.raft.events import Read, ReadFailed, ReadReady
 from proto.raft.messages import AskRead, Readable
-from proto.raft.replica import Replica
+from proto.raft.replica import NEVER, Replica
 from proto.raft.replication import Leadership
 
 PATIENCE = 2
@@ -55,7 +55,7 @@ class Reads:
         self._asked: list[_Question] = []
         """Those that the message under way asks for."""
         self._asked_of = ""
-        self._asked_at = 0.0
+        self._asked_at = self._ask_at = NEVER
         self._asked_cookie = replica.rng.getrandbits(62)
         """Never that of an earlier life, from which an answer may still come."""
         self._known: deque[_Question] = deque()
@@ -68,7 +68,9 @@ class Reads:
         """When something must be given up or asked again."""
         waiting = (self._fresh, self._leased, self._own, self._known, self._asked)
         due = min((questions[0].until for questions in waiting if questions), default=float("inf"))
-        return min(due, self._asked_at + self._resend) if self._asked else due
+        if self._asked:
+            return min(due, self._asked_at + self._resend)
+        return min(due, self._ask_at) if self._own and self._ask_at > self._replica.now else due
 
     @property
     def _resend(self) -> float:
@@ -103,7 +105,7 @@ class Reads:
             return
         if message.index is None:
             self._own.extendleft(reversed(self._asked))
-            self._asked_at = self._replica.now
+            self._ask_at = self._replica.now + self._replica.settings.heartbeat
         else:
             self._know(self._asked, message.index)
         self._asked = []
@@ -131,7 +133,7 @@ class Reads:
             else:
                 self._replica.out.append(ReadReady(question.cookie, question.index))
         for questions in (self._fresh, self._leased, self._own, self._known):
-            while questions and questions[0].until < self._replica.now:
+            while questions and questions[0].until <= self._replica.now:
                 self._tell(questions.popleft(), None)
 
     def _patience(self) -> float:
@@ -175,12 +177,13 @@ class Reads:
 
     def _ask(self) -> None:
         replica = self._replica
-        if self._asked and (self._asked_of != replica.leader or replica.now >= self._asked_at + self._resend):
+        again = min(self._asked_at + self._resend, self._asked[0].until) if self._asked else 0.0
+        if self._asked and (self._asked_of != replica.leader or replica.now >= again):
             self._own.extendleft(reversed(self._asked))
             self._asked = []
-        while self._own and self._own[0].until < replica.now:
+        while self._own and self._own[0].until <= replica.now:
             self._tell(self._own.popleft(), None)
-        if not self._own or self._asked or not replica.leader:
+        if not self._own or self._asked or not replica.leader or replica.now < self._ask_at:
             return
         self._asked, self._own = list(self._own), deque()
         self._asked_of, self._asked_at = replica.leader, replica.now

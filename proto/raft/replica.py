@@ -85,9 +85,7 @@ class Replica:
         self._ballot_number = 0
         self._held: deque[tuple[int, Send]] = deque()
         self._restoring: Snapshot | None = None
-        if log is None:
-            end = self.snapshot.index + 1
-            self._start_write(Durable(snapshot=self.snapshot, keep=end, truncate=end), self.stable)
+        self._reset = log is None
 
     @property
     def term(self) -> int:
@@ -99,8 +97,25 @@ class Replica:
 
     @property
     def votes(self) -> bool:
-        """Whether this replica is a voter in its right mind."""
-        return not self.recovering and self.own in self.configuration.deciding
+        """Whether this replica is a voter in its right mind.
+
+        One that is removed by a configuration not yet committed still is one: nobody else may have a log
+        that can win (Ongaro's thesis, 4.2.2).
+        """
+        if self.recovering:
+            return False
+        log = self.log
+        if self.own in log.configuration.deciding:
+            return True
+        last = log.configuration_index
+        return last > self.commit and self.own in log.configuration_at(last - 1).deciding
+
+    def start(self) -> None:
+        """The first event is here: what was found on disk is put right, if it must be."""
+        if self._reset:
+            end = self.snapshot.index + 1
+            self._start_write(Durable(snapshot=self.snapshot, keep=end, truncate=end), self.stable)
+        self.rest()
 
     # Messages.
 

@@ -139,13 +139,13 @@ class Leadership:
     def follow_configuration(self) -> None:
         """Know the replicas of the newest configuration; the others are kept until `forget_removed`."""
         replica = self._replica
-        for peer in replica.configuration.replicas - self.progress.keys() - {replica.own}:
+        for peer in sorted(replica.configuration.replicas - self.progress.keys() - {replica.own}):
             self.progress[peer] = Progress(next=replica.log.last_index + 1)
         self._count_rounds()
 
     def forget_removed(self) -> None:
         """The configuration is committed: peers that it does not name are told so a last time."""
-        for peer in self.progress.keys() - self._replica.configuration.replicas:
+        for peer in sorted(self.progress.keys() - self._replica.configuration.replicas):
             self._replicate(peer, self.progress.pop(peer))
 
     def commit(self) -> bool:
@@ -231,8 +231,9 @@ class Leadership:
         log = self._replica.log
         if message.index < progress.match:
             return
-        place = log.last_not_after(message.index, message.hint_term) + 1
-        place = max(place, progress.match + 1)
+        place = message.index + 1
+        if message.index >= log.base_index:
+            place = max(log.last_not_after(message.index, message.hint_term), progress.match) + 1
         if progress.state == "probe" and progress.asked and place >= progress.next:
             return
         progress.state, progress.asked, progress.next = "probe", False, place

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 from tests.sim.handover_world import World
+from tests.sim.raft_world import World as RaftWorld
 from tests.sim.swim_faults import Trial
 
 
@@ -37,7 +38,17 @@ def membership(seed: int) -> None:
         raise
 
 
-SIMULATIONS: dict[str, Callable[[int], None]] = {"handover": handover, "membership": membership}
+def raft(seed: int) -> None:
+    """Replicas of a log crash, stand still and are cut off; they never disagree, and go on when they can."""
+    world = RaftWorld(seed)
+    try:
+        world.run()
+    except Exception as error:
+        error.add_note("\n".join(world.lines()))
+        raise
+
+
+SIMULATIONS: dict[str, Callable[[int], None]] = {"handover": handover, "raft": raft, "membership": membership}
 
 
 def replay_command(name: str, seed: int) -> str:
