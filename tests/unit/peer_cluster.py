@@ -95,13 +95,14 @@ class Host:
 class Cluster:
     """Peers by one-letter name; `a` founds the mesh."""
 
-    def __init__(self, settings: Settings | None = None, seed: int = 1) -> None:
+    def __init__(self, settings: Settings | None = None, rates: dict[str, float] | None = None) -> None:
         self.settings = settings or Settings()
+        self.rates = rates or {}
         self.now = 0.0
         self.hosts: dict[str, Host] = {}
         self.cut: set[frozenset[str]] = set()
         self.drop: Callable[[Host, Host, Any], bool] = lambda _source, _target, _message: False
-        self.rng = random.Random(seed)
+        self.rng = random.Random(1)
         self.sent: list[tuple[str, str, Any]] = []
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
@@ -114,7 +115,8 @@ class Cluster:
         rng = random.Random(self.rng.getrandbits(32))
         machine = Peer(ident(name), stored, self.settings, rng, contacts)
         old = self.hosts.get(name)
-        host = Host(name, machine, Disk(stored), old.rate if old else 1.0, life=old.life + 1 if old else 0)
+        rate = self.rates.get(name, 1.0)
+        host = Host(name, machine, Disk(stored), rate, life=old.life + 1 if old else 0)
         self.hosts[name] = host
         self.feed(host, Wall(EPOCH + self.now))
         self.feed(host, Woken(raft.TIMER))
@@ -172,18 +174,22 @@ class Cluster:
 
     def run(self, seconds: float) -> None:
         end = self.now + seconds
-        while self._events and self._events[0][0] <= end:
-            self._next()
+        while self.next_at() <= end:
+            self.step()
         self.now = end
 
     def until(self, condition: Callable[[], Any], limit: float = 60.0) -> None:
         end = self.now + limit
         while not condition():
-            assert self._events, "nothing ever happens again"
-            assert self._events[0][0] <= end, f"it has not come true after {limit} s"
-            self._next()
+            assert self.next_at() <= end, f"it has not come true after {limit} s"
+            self.step()
 
-    def _next(self) -> None:
+    def next_at(self) -> float:
+        """When something happens next."""
+        return self._events[0][0] if self._events else float("inf")
+
+    def step(self) -> None:
+        """Let the next thing happen."""
         when, _, do = heapq.heappop(self._events)
         self.now = max(self.now, when)
         do()
