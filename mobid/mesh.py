@@ -83,6 +83,7 @@ class Mesh:
             "cpus": member.facts.cpus,
             "xsave_size": member.facts.xsave_size,
             "joined": member.joined,
+            "gossip": member.gossip,
             "draining": member.draining,
             "guest_names": sorted(guest.key for guest in state.guests_of(member.id)),
         }

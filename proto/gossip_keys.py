@@ -23,7 +23,8 @@ SETTLE = 2.0
 """Seconds from hearing of a new key to sealing with it."""
 
 GRACE = 10.0
-"""Seconds for which the key before is still opened."""
+STALE_GRACE = 4.0
+"""Seconds for which the key before is still opened, also if somebody who has left knows it."""
 
 
 def next_generation(state: State, wall: float) -> int | None:
@@ -47,15 +48,14 @@ class Keyring:
 
     def learn(self, keys: Sequence[GossipKey], now: float) -> None:
         """These are the catalog's keys, the newest last. The first ones learned are in use at once."""
-        newest = max(keys, key=lambda key: key.generation, default=None)
-        if newest is None or (self._newest and newest.generation <= self._newest.generation):
+        *before, newest = sorted(keys, key=lambda key: key.generation) or (None,)
+        known = self._newest.generation if self._newest else 0
+        if newest is None or newest.generation <= known:
             return
-        if self._newest is None:
-            before = [key for key in keys if key.generation < newest.generation and not key.stale]
-            self._older = max(before, key=lambda key: key.generation, default=None)
-            self._learned = now - SETTLE
-        else:
-            self._older, self._learned = self._newest, now
+        older = before[-1] if before else None
+        in_use = older is not None and older.generation == known
+        self._learned = now if in_use else now - SETTLE
+        self._older = older if in_use or (older and not older.stale) else None
         self._newest = newest
 
     def sealing(self, now: float) -> GossipKey | None:
@@ -69,6 +69,6 @@ class Keyring:
         if self._newest is not None and generation == self._newest.generation:
             return self._newest
         older = self._older
-        if older is not None and generation == older.generation and now - self._learned < GRACE:
-            return older
-        return None
+        if older is None or generation != older.generation:
+            return None
+        return older if now - self._learned < (STALE_GRACE if older.stale else GRACE) else None

@@ -84,11 +84,11 @@ class Envelopes:
         self._ciphers = {about: cipher for about, cipher in self._ciphers.items() if about[1] in members}
 
     def seal(self, peer: str, packet: Packet, nonce: bytes, now: float) -> bytes | None:
-        """The datagram for `peer`; `nonce` is fresh and random. None without a key, or a common version."""
+        """The datagram for `peer`; `nonce` is fresh and random. None without a key."""
         key = self._keys.sealing(now)
-        version = self._spoken(self._heard.get(peer))
-        if key is None or version is None:
+        if key is None:
             return None
+        version = self._spoken(self._heard.get(peer))
         low, high = self._versions
         header = _HEADER.pack(low << 4 | high, version, key.generation, bytes.fromhex(self._own), nonce)
         return header + self._cipher(key, self._own).encrypt(nonce, codec.encode(packet), header)
@@ -118,12 +118,11 @@ class Envelopes:
         except WireError:
             raise Unacceptable("packet", sender) from None
 
-    def _spoken(self, heard: tuple[int, int] | None) -> int | None:
+    def _spoken(self, heard: tuple[int, int] | None) -> int:
         low, high = self._versions
-        if heard is None:
-            return low
-        common = min(high, heard[1])
-        return common if common >= max(low, heard[0]) else None
+        common = min(high, heard[1]) if heard else low
+        # Without a version in common the other one cannot read it, but can tell its people why.
+        return common if common >= max(low, heard[0] if heard else low) else low
 
     def _cipher(self, key: GossipKey, sender: str) -> AESGCM:
         cipher = self._ciphers.get((key.generation, sender))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from proto import entries, gossip_keys
 from proto.catalog import apply
 from proto.entries import GossipKey
-from proto.gossip_keys import DAY, GRACE, SETTLE, Keyring, next_generation
+from proto.gossip_keys import DAY, GRACE, SETTLE, STALE_GRACE, Keyring, next_generation
 from proto.gossip_wire import NONCE, Envelopes, Fault, Unacceptable
 from proto.state import Refused, State
 from proto.swim import codec
@@ -180,10 +180,12 @@ def test_the_highest_common_version_is_spoken_once_heard() -> None:
     assert answer[1] == 2
 
 
-def test_without_a_common_version_nothing_is_sent_and_the_fault_is_named() -> None:
+def test_without_a_common_version_both_sides_learn_it() -> None:
     old, new = envelopes(A, key(1), versions=(1, 1)), envelopes(B, key(1), versions=(2, 3))
     assert fault(new, sealed(old)) == "version"
-    assert new.seal(A, PACKETS[0], b"n" * NONCE, 0.0) is None
+    answer = new.seal(A, PACKETS[0], b"n" * NONCE, 0.0)
+    assert answer is not None
+    assert fault(old, answer) == "version"
 
 
 # Keys.
@@ -212,6 +214,21 @@ def test_a_member_that_starts_after_a_rotation_seals_with_the_newest_key() -> No
     evicted = Keyring()
     evicted.learn((key(1, stale=True), key(2)), 100.0)
     assert evicted.opening(1, 100.0) is None
+
+
+def test_a_key_that_somebody_who_left_knows_is_opened_only_as_long_as_it_is_used() -> None:
+    ring = Keyring()
+    ring.learn((key(1),), 100.0)
+    ring.learn((key(1, stale=True), key(2)), 200.0)
+    assert ring.sealing(200.0 + SETTLE - 0.1).generation == 1  # type: ignore[union-attr]
+    assert ring.opening(1, 200.0 + STALE_GRACE - 0.1) is not None
+    assert ring.opening(1, 200.0 + STALE_GRACE) is None
+    behind = Keyring()
+    behind.learn((key(1),), 100.0)
+    behind.learn((key(2), key(3)), 200.0)
+    assert behind.sealing(200.0) == key(3)
+    assert behind.opening(1, 200.0) is None
+    assert behind.opening(2, 200.0) == key(2)
 
 
 def test_keys_are_never_shown() -> None:
