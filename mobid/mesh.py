@@ -257,13 +257,6 @@ class Mesh:
 
     # Going.
 
-    @operation("peer.drain", role="admin", args=api.PeerArguments)
-    async def drain(self, _request: Request, args: api.PeerArguments) -> dict[str, Any]:
-        """No new guests come to a peer; the labs' reconciliation moves those that are there."""
-        member = self._catalog.state.find_peer(args.peer)
-        await self._catalog.propose(entries.DrainPeer(peer=member.id, draining=True))
-        return self._shown(self._catalog.state.members[member.id])
-
     @operation("peer.evict", role="admin", args=api.PeerArguments)
     async def evict(self, request: Request, args: api.PeerArguments) -> dict[str, Any]:
         """A member's key opens nothing any more; its guests are lost."""

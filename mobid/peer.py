@@ -28,6 +28,7 @@ from mobid import host, joining
 from mobid.breakpoints import Breakpoints
 from mobid.catalog import Catalog
 from mobid.config import Config
+from mobid.drains import Drains
 from mobid.event_service import EventService
 from mobid.events import Events
 from mobid.gossip import Gossip
@@ -37,6 +38,7 @@ from mobid.helpers import HelperError, Helpers, find_binary
 from mobid.identity import Identity
 from mobid.images import Images
 from mobid.lab_apply import LabChanges
+from mobid.lab_move import LabMoves
 from mobid.labs import Labs
 from mobid.links import Links
 from mobid.mesh import Mesh
@@ -252,12 +254,25 @@ class Peer:
         nets = NetworkOperations(self.networks, self.catalog, self.links)
         labs = Labs(self.catalog, self.images, self.links)
         changes = LabChanges(self.catalog, self.images, self.links, labs)
-        for part in (self.images, vms, labs, changes, self.migrations, nets, self.networks.tunnels):
+        moves = LabMoves(self.catalog, self.links)
+        drains = Drains(self.catalog, self.links, self.events)
+        for part in (
+            self.images,
+            vms,
+            labs,
+            changes,
+            moves,
+            drains,
+            self.migrations,
+            nets,
+            self.networks.tunnels,
+        ):
             self.operations.add(part)
         await nursery.start(self.networks.run)
         nursery.start_soon(self.guests.run)
         nursery.start_soon(self._make_up_ports)
         nursery.start_soon(self.migrations.run)
+        nursery.start_soon(drains.run)
         nursery.start_soon(self.gossip.run, self.catalog, self.guests.memory_free)
 
     async def _reconnect(self, guest: str) -> None:

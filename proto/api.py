@@ -152,9 +152,17 @@ class Nothing(Arguments):
 
 
 class PeerArguments(Arguments):
-    """`peer.show`, `peer.ping`, `peer.drain`, `peer.evict`."""
+    """`peer.show`, `peer.ping`, `peer.evict`."""
 
     peer: Reference
+
+
+class PeerDrain(PeerArguments):
+    """`peer.drain`: `undo` lets guests come again; `discard_stopped` lets stopped guests go elsewhere without
+    what is on their disks."""
+
+    undo: bool = False
+    discard_stopped: bool = False
 
 
 class TokenNew(Arguments):
@@ -226,6 +234,12 @@ class LabArguments(Arguments):
     """`lab.down`, `lab.show`, `lab.graph`."""
 
     lab: Reference
+
+
+class LabMove(LabArguments):
+    """`lab.move`: all running guests of a lab go to one peer."""
+
+    to: Reference
 
 
 # Guests.

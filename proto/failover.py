@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from proto import reconcile
 from proto.admission import RESERVED_MEMORY
 from proto.entries import FailOverGuest, Guest, MarkGuest, Member
-from proto.labfields import parse_place
+from proto.scale import place_in_model
 from proto.state import State
 from proto.units import format_size
 
@@ -102,10 +102,8 @@ def _lacks(guest: Guest, member: Member) -> bool:
 def _site(state: State, guest: Guest) -> str | None:
     """The site at which the guest's lab wants it; None if it does not say."""
     lab = state.labs.get(guest.lab)
-    try:
-        topology = lab.model["topology"] if lab else {}
-        place = parse_place(topology["nodes"][guest.name].get("place") or topology["defaults"]["place"])
-    except (KeyError, TypeError, AttributeError, ValueError):
+    place = place_in_model(lab.model, guest.name) if lab else None
+    if place is None:
         return None
     if place.site is not None:
         return place.site

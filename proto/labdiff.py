@@ -270,7 +270,11 @@ class _Comparison:
         if old is None or one.place is None or one.place == old.place:
             return
         owner = self.state.members.get(there.owner)
-        if owner is None or fits(one.place, owner) or there.state not in ("running", "paused", "starting"):
+        if (
+            owner is None
+            or one.place.fits(owner.name, owner.site)
+            or there.state not in ("running", "paused", "starting")
+        ):
             return
         yield "move", f"place {owner.name} → {one.place}"
 
@@ -326,16 +330,6 @@ def kept(running: Sequence[entries.Guest]) -> dict[addresses.End, addresses.Kept
         for one in running
         for interface in one.interfaces
     }
-
-
-def fits(place: Place, peer: entries.Member) -> bool:
-    """Whether a peer is where `place:` says."""
-    return place.peer == peer.name if place.peer is not None else place.site == peer.site
-
-
-def place_of(state: State, one: entries.Guest) -> Place | None:
-    """What the lab's file says about the place of a guest."""
-    return found.place if (found := _old_guests(state.labs.get(one.lab)).get(one.name)) else None
 
 
 def _natural(name: str) -> tuple[int, str]:

@@ -180,6 +180,10 @@ class Place:
     def __str__(self) -> str:
         return self.peer if self.peer is not None else f"site {self.site}"
 
+    def fits(self, peer: str, site: str) -> bool:
+        """Whether a peer of this name, at this site, is there."""
+        return self.peer == peer if self.peer is not None else self.site == site
+
 
 def parse_place(value: object) -> Place:
     """`tokyo` or `{site: japan}` → Place. Raises ValueError in words."""

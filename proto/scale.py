@@ -12,9 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from proto.lab import NODES, Lab, Network, Node
-from proto.labfields import NAME, Member
+from proto.labfields import NAME, Member, Place, parse_place
 from proto.problems import Path, Problem
 
 
@@ -76,6 +77,18 @@ def _members(nodes: Mapping[str, Node], network: Network) -> Iterator[tuple[int,
             continue
         for guest in names(member.node, node.scale):
             yield index, Member(guest, member.interface)
+
+
+def place_in_model(model: Mapping[str, Any], guest: str) -> Place | None:
+    """Where a lab as the catalog keeps it (`dump_lab`) wants a guest; None if it does not say."""
+    try:
+        topology = model["topology"]
+        nodes = topology["nodes"]
+        node = nodes.get(guest) or nodes.get(guest.rpartition("-")[0]) or {}
+        place = node.get("place") or topology.get("defaults", {}).get("place")
+        return None if place is None else parse_place(place)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
 
 
 def scale_problems(lab: Lab) -> Iterator[Problem]:

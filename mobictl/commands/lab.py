@@ -30,6 +30,7 @@ from proto.scale import scaled
 app = application("Labs: networks of guests from one file.")
 
 UP_TIMEOUT = 600.0
+MOVE_TIMEOUT = 24 * 3600.0
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The lab file.", show_default=False)]
 LABS = (
     Column("LAB", "lab"),
@@ -175,6 +176,20 @@ def plan(session: Session, file: FileArgument) -> None:
     else:
         placed = ["", made] if _rows(found) else []
         session.show(found, *_lines(found), _untouched(found), *placed)
+
+
+@command(app, "move", interrupted="a move that had begun goes on; mobictl lab show tells who is where")
+def move(
+    session: Session,
+    lab: LabArgument,
+    to: Annotated[str, typer.Option("--to", metavar="PEER", help="Where its guests go.")],
+) -> None:
+    """Move the running guests of a lab to one peer, live."""
+    args = build(api.LabMove, "lab.move", lab=lab, to=to)
+    with reporting(session, f"{lab} → {to}") as report:
+        done = session.call("lab.move", args, timeout=MOVE_TIMEOUT, on_item=_stages(report))
+    lines = [f"{one['guest']} stays where it is: {one['reason']}" for one in done["stayed"]]
+    session.show(done, f"{lab}: {len(done['moved'])} moved to {done['to']}", *lines)
 
 
 @command(app, "down", interrupted="the lab goes on ending; mobictl lab ls shows when it is gone")

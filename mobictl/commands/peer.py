@@ -13,15 +13,17 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mobictl import client, options, tables
-from mobictl.command import application, command
+from mobictl.command import Exit, application, command
 from mobictl.credentials import Credentials
 from mobictl.options import PeerArgument, build
+from mobictl.progress import reporting
 from mobictl.session import Session
 from mobictl.tables import Column
 from proto import api, tokens
 from proto.api import OperationError
 
 app = application("Peers: the hosts of the mesh.")
+DRAIN_TIMEOUT = 24 * 3600.0
 token_app = application("Tokens: let a new peer or user in.")
 app.add_typer(token_app, name="token")
 
@@ -78,6 +80,46 @@ def join(
     """Let the asked peer, alone so far, join the mesh of a token."""
     found = session.call("peer.join", build(api.PeerJoin, "peer.join", token=_token_text(token)))
     session.show(found, "joined")
+
+
+@command(app, "drain", interrupted="the peer goes on being emptied; mobictl peer drain PEER watches it again")
+def drain(
+    session: Session,
+    peer_name: PeerArgument,
+    *,
+    undo: Annotated[bool, typer.Option("--undo", help="Let guests come to the peer again.")] = False,
+    discard_stopped: Annotated[
+        bool,
+        typer.Option(
+            "--discard-stopped", help="Stopped guests go elsewhere too, without what is on their disks."
+        ),
+    ] = False,
+) -> None:
+    """Move all guests away from a peer, and let no new ones come."""
+    args = build(
+        api.PeerDrain,
+        "peer.drain",
+        peer=peer_name,
+        undo=undo or None,
+        discard_stopped=discard_stopped or None,
+    )
+    with reporting(session, f"drain {peer_name}") as report:
+        done = session.call(
+            "peer.drain",
+            args,
+            timeout=DRAIN_TIMEOUT,
+            on_item=lambda item: report.step(f"{item.get('guest')}: {item.get('state')}"),
+        )
+    name = done["peer"]
+    if undo:
+        session.show(done, f"{name} takes guests again")
+    elif not done["left"]:
+        session.show(done, f"{name} has no guests; it can leave")
+    else:
+        lines = [f"{one['guest']} stays at {name}: {one['reason']}" for one in done["left"]]
+        more = f"{name} still has {done['guests']} guests, and is emptied as soon as they can go"
+        session.show(done, *lines, more)
+        raise Exit(1)
 
 
 @command(app, "leave")
