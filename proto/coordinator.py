@@ -30,7 +30,7 @@ TIMER = "coordinator"
 PACE = 1.0
 """Seconds between two looks at voters and leases."""
 
-FAR_FOR = 5.0
+FAR_FOR = 10.0
 """A peer must have been far away for so many seconds before it gets the long lease: it never falls again."""
 
 Want = GrantorEffect | raft.Propose | raft.ChangeVoters | raft.TransferTo
