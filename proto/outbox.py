@@ -64,8 +64,14 @@ class Outbox:
         return None
 
     def drop(self, sequence: int) -> None:
-        """It is decided, or nobody waits for it any more."""
+        """Nobody waits for it any more."""
         self._waiting.pop(sequence, None)
+
+    def settle(self, proposal: Proposal) -> None:
+        """This one of this peer is decided; it may be one of an earlier start, with the same sequence."""
+        waiting = self._waiting.get(proposal.sequence)
+        if waiting is not None and waiting.proposal.boot == proposal.boot:
+            del self._waiting[proposal.sequence]
 
     def again(self) -> None:
         """Somebody else coordinates now: everything is to be sent anew."""

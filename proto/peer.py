@@ -271,7 +271,7 @@ class Peer:
             proposal = proposal or entries.decode(record.payload)
             self.state, error, repeated = _decided(before, record.index, proposal)
             if proposal.client == self.own:
-                self._outbox.drop(proposal.sequence)
+                self._outbox.settle(proposal)
         else:
             self.state = skip(before, record.index)
             self._changed |= record.kind == "config"

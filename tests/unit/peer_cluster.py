@@ -71,8 +71,8 @@ class Host:
     life: int = 0
     sequence: int = 0
     applied: list[Applied] = field(default_factory=list)
-    outcomes: dict[int, Applied] = field(default_factory=dict)
-    """By sequence of the own proposals of this life."""
+    outcomes: dict[tuple[int, int], Applied] = field(default_factory=dict)
+    """By boot and sequence of the own proposals."""
     lost: list[PeerLost] = field(default_factory=list)
     found: list[PeerFound] = field(default_factory=list)
     readable: list[Readable] = field(default_factory=list)
@@ -235,7 +235,7 @@ class Cluster:
             case Applied():
                 host.applied.append(effect)
                 if effect.proposal and effect.proposal.client == host.id:
-                    host.outcomes.setdefault(effect.proposal.sequence, effect)
+                    host.outcomes.setdefault((effect.proposal.boot, effect.proposal.sequence), effect)
             case PeerLost():
                 host.lost.append(effect)
             case PeerFound():
@@ -279,7 +279,7 @@ class Cluster:
         proposal = self.proposal(name, entry, **more)
         self.feed(host, Proposed(proposal, EPOCH + self.now))
 
-        return lambda: host.outcomes.get(proposal.sequence)
+        return lambda: host.outcomes.get((proposal.boot, proposal.sequence))
 
     def commit(self, name: str, entry: Any, limit: float = 60.0) -> Applied:
         outcome = self.propose(name, entry)

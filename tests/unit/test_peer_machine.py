@@ -157,6 +157,32 @@ def test_a_proposal_is_refused_at_once_if_it_is_too_large_and_forgotten_if_given
     assert outcome() is None
 
 
+def test_a_proposal_of_an_earlier_start_with_the_same_sequence_settles_nothing() -> None:
+    cluster = mesh("abc", "abc")
+    held_up: list[Any] = []
+
+    def drop(source: Host, _target: Host, message: Any) -> bool:
+        if isinstance(message, Forward) and source.name == "b" and not held_up:
+            held_up.append(message)
+            return True
+        return source.name == "b" and isinstance(message, Forward)
+
+    cluster.drop = drop
+    cluster.hosts["b"].sequence = 100
+    cluster.propose("b", token("old"))
+    cluster.crash("b")
+    again = cluster.restart("b")
+    again.sequence = 100
+    cluster.until(lambda: again.machine.leader)
+    outcome = cluster.propose("b", token("new"))
+    cluster.feed(cluster.leader, raft.Received(ident("b"), held_up[0]))
+    cluster.run(1.0)
+    assert times(again, "old") == 1
+    assert outcome() is None
+    cluster.drop = lambda *_: False
+    cluster.until(outcome)
+
+
 def test_what_is_proposed_in_a_minority_waits_and_becomes_true_afterwards() -> None:
     cluster = mesh("abc", "abc")
     cluster.split("a", "bc")
