@@ -97,8 +97,8 @@ class LocalGuest:
         """What is wrong although the guest still exists; empty if nothing is."""
         self.stalled = False
         """Whether it waits for a disk that has no space left."""
-        self.expired = False
-        """Whether the shim has stopped it, because the lease it runs by had run out."""
+        self.expired_ns = 0
+        """The last deadline at which the shim stopped it, because nobody had extended its lease."""
         self.deadline_ns = 0
         """Until when the shim lets it run (CLOCK_BOOTTIME), as it was last told; 0 for ever."""
         self.shim: Helper | None = None
@@ -150,7 +150,7 @@ class LocalGuest:
         """
         self._check_room()
         self.exit, self.trouble, self._expected_end = None, "", False
-        self.expired, self.deadline_ns = False, 0
+        self.expired_ns = self.deadline_ns = 0
         self.save()
         try:
             await self._start_disks(image)
@@ -286,7 +286,9 @@ class LocalGuest:
                 self.trouble = f"its shim does not answer ({error.message})"
                 self._tell()
             return
-        self.expired, self.deadline_ns = bool(status.get("expired")), int(status.get("deadline_ns") or 0)
+        self.deadline_ns = int(status.get("deadline_ns") or 0)
+        if status.get("expired"):
+            self.expired_ns = self.deadline_ns
         self._take(str(status.get("state")), status.get("exit"))
 
     def _take(self, state: str, exit: Any) -> None:
@@ -326,8 +328,8 @@ class LocalGuest:
         async for event in shim.events:
             if event.get("event") == "state":
                 self._take(str(event.get("state")), event.get("exit"))
-            elif event.get("event") == "expired" and event.get("deadline_ns") == self.deadline_ns:
-                self.expired = True
+            elif event.get("event") == "expired":
+                self.expired_ns = int(event.get("deadline_ns") or 0)
                 self._tell()
         await self.look()
 
@@ -462,16 +464,16 @@ class LocalGuest:
         """
         if self.shim is None:
             raise HelperError("gone", "the guest has no shim")
-        self.deadline_ns = deadline_ns
+        stood, self.deadline_ns = self.stands_still, deadline_ns
         await self.shim.call("lease", timeout=LEASE_TIMEOUT, deadline_ns=deadline_ns)
-        if self.expired and self._around.lease.valid:
-            self.expired = False
+        if stood:
             self._tell()
 
     @property
     def stands_still(self) -> bool:
-        """Whether it runs only by a lease, and was stopped by the end of that."""
-        return self.record.lease_bound and self.expired and self.phase in ("running", "paused")
+        """Whether it runs only by a lease, and was stopped by the end of the one it had."""
+        expired = 0 < self.deadline_ns <= self.expired_ns
+        return self.record.lease_bound and expired and self.phase in ("running", "paused")
 
     async def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         if self.shim is None:

@@ -105,8 +105,8 @@ class Keeper:
         self._failures = 0
         self._retry_at: float | None = None
         self._automatic = False
-        self._stood = False
-        """Whether it was said that the guest stands still."""
+        self._stood_ns = 0
+        """The end of a lease at which the guest was stopped, and of which that was said."""
         self._untold = True
         """Whether the guest may have to be told anew who its neighbours are."""
         self._pulse = 0
@@ -242,12 +242,11 @@ class Keeper:
 
     def _stands_still(self, local: LocalGuest, guest: entries.Guest) -> bool:
         """Whether the end of the lease has stopped it; said once."""
-        resumable = local.phase == "paused" and guest.wanted == "running" and local.record.stage == "ready"
-        standing = local.stands_still or (local.record.lease_bound and resumable)
-        if local.expired and not self._stood:
+        if local.expired_ns > self._stood_ns:
+            self._stood_ns = local.expired_ns
             self._k.events.emit("guest.frozen", guest=guest.key, reason="lease", epoch=local.record.epoch)
-        self._stood = local.expired
-        return standing
+        frozen = local.phase == "paused" and guest.wanted == "running" and local.record.stage == "ready"
+        return local.stands_still or (local.record.lease_bound and frozen)
 
     async def _after_end(self, local: LocalGuest, guest: entries.Guest) -> None:
         exit = local.exit or Exit("crashed")
@@ -334,7 +333,7 @@ class Keeper:
         stood = stood_for(local)
         await local.end(force=True)
         await local.remove_ports()
-        self.local, self._seen, self._stood = None, None, False
+        self.local, self._seen = None, None
         if fenced:
             kept = keep_aside(local.directory, record)
             self._k.events.emit(

@@ -41,7 +41,9 @@ class PeerProcess:
         name: str = "tokyo",
         environment: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
+        module: str = "mobid",
     ) -> None:
+        self.module = module
         self.prefix = list(prefix)
         """A command that runs the peer's, in another namespace for example."""
         self.directory = directory
@@ -63,7 +65,16 @@ class PeerProcess:
         """Start the process and wait until it answers; `join` is a token of another peer's mesh. One that
         ran before gets the same port.
         """
-        command = [sys.executable, "-m", "mobid", "run", "--dir", str(self.directory), "--name", self.name]
+        command = [
+            sys.executable,
+            "-m",
+            self.module,
+            "run",
+            "--dir",
+            str(self.directory),
+            "--name",
+            self.name,
+        ]
         command += ["--join", join] if join else []
         log = self.directory.with_name(self.directory.name + ".log")
         with log.open("ab") as output:

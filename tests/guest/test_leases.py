@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lease-bound guests on real peers: they stand still by themselves, go on when they may, and are not heard
+in between, whichever processes of their host are stopped or gone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from mobid.tasks import background
+from tests.built import missing
+from tests.guest.beats import BEAT, Beats, heard, speak
+from tests.guest.hosts import everything, go_on, guests_processes, helpers_of, stop
+from tests.guest.peers import PeerProcess, eventually
+from tests.guest.witness import joined
+
+pytestmark = [
+    pytest.mark.guest,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
+
+Row = dict[str, Any]
+
+SPEAKER, HEARER = "pair/a", "pair/b"
+PAIR: Row = {
+    "name": "pair",
+    "topology": {
+        "defaults": {"image": "mini", "memory": "64M"},
+        "nodes": {
+            "a": {"place": "virginia", "on-partition": "freeze"},
+            "b": {"place": "tokyo"},
+        },
+        "links": [{"endpoints": ["a:eth1", "b:eth1"], "subnet": "10.9.1.0/24"}],
+    },
+}
+
+
+@pytest.fixture
+async def mesh(tmp_path: Path, helper_binary: Path) -> AsyncIterator[list[PeerProcess]]:
+    """Two peers whose leases are renewed as long as they run; tokyo coordinates."""
+    peers = [
+        PeerProcess(
+            tmp_path / name, name, {"MOBI_HELPER": str(helper_binary)}, module="tests.guest.leased_mobid"
+        )
+        for name in ("tokyo", "virginia")
+    ]
+    async with AsyncExitStack() as stack:
+        for peer in peers:
+            await peer.start()
+            stack.push_async_callback(ended, peer)
+        token = await peers[0].call("peer.token.new", {})
+        await peers[1].call("peer.join", {"token": token["token"]})
+        await eventually(lambda: joined(peers[1], 2))
+        yield peers
+
+
+async def ended(peer: PeerProcess) -> None:
+    """Stop a peer, whatever a failed test left of it."""
+    with trio.CancelScope(shield=True):
+        if peer.process is not None and peer.process.poll() is not None:
+            await peer.start()
+        go_on(reversed(everything(peer)))
+        await peer.stop()
+
+
+@pytest.fixture
+async def beats(mesh: list[PeerProcess]) -> AsyncIterator[Beats]:
+    found = Beats(mesh)
+    async with background(found.run):
+        yield found
+    found.close()
+
+
+async def one(peer: PeerProcess, beats: Beats) -> str:
+    """A lease-bound guest that beats at this peer; its key."""
+    await peer.call("vm.run", {"image": "mini", "name": "one", "place": peer.name, "on_partition": "freeze"})
+    await peer.execute("one", "sh", "-c", BEAT)
+    await beats.goes_on("default/one")
+    return "default/one"
+
+
+async def state_of(peer: PeerProcess, guest: str) -> str:
+    row: Row = await peer.call("vm.show", {"vm": guest})
+    return str(row["state"])
+
+
+def events(peer: PeerProcess, kind: str) -> list[Row]:
+    lines = (peer.directory / "events.ndjson").read_text().splitlines()
+    return [event for line in lines if (event := json.loads(line))["kind"] == kind]
+
+
+async def test_a_guest_stands_still_while_its_peer_is_stopped(mesh: list[PeerProcess], beats: Beats) -> None:
+    """Nobody renews; the shim needs nobody to see it."""
+    _, virginia = mesh
+    guest = await one(virginia, beats)
+    assert virginia.process is not None
+    stop([virginia.process.pid])
+    last = await beats.stands(guest)
+    go_on([virginia.process.pid])
+    after = await beats.goes_on(guest)
+    assert after[-1].boot == last.boot
+    assert after[-1].number > last.number
+    assert await state_of(virginia, guest) == "running"
+    (event,) = events(virginia, "guest.frozen")
+    assert (event["guest"], event["reason"], event["epoch"]) == (guest, "lease", 1)
+
+
+async def test_a_guest_stands_still_while_its_peer_is_gone(mesh: list[PeerProcess], beats: Beats) -> None:
+    """After kill -9 of mobid; the next one takes it back and lets it go on."""
+    _, virginia = mesh
+    guest = await one(virginia, beats)
+    virginia.kill()
+    last = await beats.stands(guest)
+    await virginia.start()
+    after = await beats.goes_on(guest)
+    assert after[-1].boot == last.boot
+    assert events(virginia, "guest.adopted")
+    assert events(virginia, "guest.frozen")
+    assert await state_of(virginia, guest) == "running"
+    assert not beats.twice(guest)
+
+
+async def test_a_guest_that_needs_no_lease_goes_on(mesh: list[PeerProcess], beats: Beats) -> None:
+    tokyo, _ = mesh
+    await tokyo.call("vm.run", {"image": "mini", "name": "free"})
+    assert (await tokyo.call("vm.show", {"vm": "free"}))["on_partition"] == "run"
+    assert tokyo.process is not None
+    await tokyo.execute("free", "sh", "-c", BEAT)
+    await beats.goes_on("default/free")
+    stop([tokyo.process.pid])
+    try:
+        await beats.goes_on("default/free", more=60)
+    finally:
+        go_on([tokyo.process.pid])
+    assert not events(tokyo, "guest.frozen")
+
+
+async def begin_pair(mesh: list[PeerProcess], beats: Beats) -> None:
+    tokyo, virginia = mesh
+    await tokyo.call("lab.up", {"lab": json.dumps(PAIR)})
+    await speak(virginia, SPEAKER, tokyo, HEARER)
+    await beats.goes_on(SPEAKER)
+
+    async def is_heard() -> bool:
+        return len(await heard(tokyo, HEARER)) > 5
+
+    await eventually(is_heard)
+
+
+async def heard_again(tokyo: PeerProcess, since: float) -> None:
+    async def again() -> bool:
+        return any(beat.at > since for beat in await heard(tokyo, HEARER))
+
+    await eventually(again)
+
+
+async def fenced_frames(peer: PeerProcess) -> int:
+    shown = await peer.call("net.show", {"network": "pair:a-eth1--b-eth1"})
+    (port,) = [row for row in shown["ports"] if row["endpoint"] == "a:eth1"]
+    return int(port["counters"]["tx_fenced"])
+
+
+async def test_what_runs_beyond_its_lease_is_not_heard(mesh: list[PeerProcess], beats: Beats) -> None:
+    """Its shim is stopped too, so that nobody freezes the guest: its own switch drops what it says."""
+    tokyo, virginia = mesh
+    await begin_pair(mesh, beats)
+    assert virginia.process is not None
+    deaf = [virginia.process.pid, *helpers_of(virginia, "guest")]
+    stop(deaf)
+    try:
+        await quiet(tokyo)
+    finally:
+        go_on(reversed(deaf))
+    after = await beats.goes_on(SPEAKER)
+    await heard_again(tokyo, after[-1].at)
+    numbers = {beat.number for beat in await heard(tokyo, HEARER)}
+    said = {beat.number for beat in beats.of(SPEAKER)}
+    assert len(said - numbers) > 5, "it ran beyond its lease, and that was not heard"
+    assert await fenced_frames(virginia) > 5
+
+
+async def quiet(tokyo: PeerProcess) -> float:
+    """Wait until nothing has been heard for a second; the time of the last beat that was."""
+    while True:
+        before = len(await heard(tokyo, HEARER))
+        await trio.sleep(1.0)
+        now = await heard(tokyo, HEARER)
+        if len(now) == before:
+            return now[-1].at
+
+
+async def test_a_host_that_was_stopped_says_nothing_by_its_old_lease(
+    mesh: list[PeerProcess], beats: Beats
+) -> None:
+    """Every process of the host stands still for longer than its lease; then the guest wakes up first."""
+    tokyo, virginia = mesh
+    await begin_pair(mesh, beats)
+    assert virginia.process is not None
+    all_of_it = everything(virginia)
+    stop(all_of_it)
+    last = await quiet(tokyo)
+    await trio.sleep(2.0)
+    try:
+        go_on(guests_processes(virginia))
+        await trio.sleep(0.5)
+        go_on(pid for pid in all_of_it if pid != virginia.process.pid)
+        stale = await beats.stands(SPEAKER)
+        assert stale.at > last, "it did run after it woke up, before anybody could look at the lease"
+        assert (await heard(tokyo, HEARER))[-1].at == last
+    finally:
+        go_on([virginia.process.pid])
+    after = await beats.goes_on(SPEAKER)
+    await heard_again(tokyo, after[-1].at)
+    assert last < stale.at < after[-1].at
+    assert not [b for b in await heard(tokyo, HEARER) if last < b.at <= stale.at]
+    assert await fenced_frames(virginia) > 0
+
+
+async def test_a_lease_bound_guest_moves(mesh: list[PeerProcess], beats: Beats) -> None:
+    """There and back; then it stands still without the peer where it is now."""
+    tokyo, virginia = mesh
+    await begin_pair(mesh, beats)
+    for source, target in ((virginia, tokyo), (tokyo, virginia), (virginia, tokyo)):
+        record = await source.call("vm.migrate", {"vm": SPEAKER, "to": target.name})
+        assert record["ok"], record
+        assert record["verified"] == "ok"
+        after = await beats.goes_on(SPEAKER)
+        await heard_again(tokyo, after[-1].at)
+    assert not beats.twice(SPEAKER)
+    assert len({beat.boot for beat in beats.of(SPEAKER)}) == 1
+    assert tokyo.process is not None
+    stop([tokyo.process.pid])
+    last = await beats.stands(SPEAKER)
+    go_on([tokyo.process.pid])
+    assert (await beats.goes_on(SPEAKER))[-1].number > last.number
+    assert not beats.twice(SPEAKER)
+
+
+async def test_a_move_ends_when_the_lease_does(mesh: list[PeerProcess], beats: Beats) -> None:
+    """Its pre-copy is slow; the source's peer stands still meanwhile. The guest stays, and goes on."""
+    _, virginia = mesh
+    guest = await one(virginia, beats)
+    assert virginia.process is not None
+    pid = virginia.process.pid
+    wishes = {"vm": guest, "to": "tokyo", "bandwidth": 2_000_000}
+    async with virginia.client() as client, client.request("vm.migrate", wishes) as request:
+        async for item in request:
+            if "done_bytes" in item:
+                stop([pid])
+                await beats.stands(guest)
+                go_on([pid])
+                break
+        async for _ in request:
+            pass
+        record = await request.result()
+    assert not record["ok"]
+    assert "lease" in record["reason"]
+    await beats.goes_on(guest)
+    assert await state_of(virginia, guest) == "running"
+    assert (await virginia.call("vm.show", {"vm": guest}))["peer"] == "virginia"
