@@ -189,13 +189,13 @@ async def speak(speaker: PeerProcess, guest: str, hearer: PeerProcess, other: st
     """
     interface = (await hearer.call("vm.show", {"vm": other}))["interfaces"][0]
     address = interface["addresses"][0].partition("/")[0]
-    known = f"ip neigh replace {address} lladdr {interface['mac']} dev eth1 nud permanent"
+    known = f"arp -s {address} {interface['mac']}"
     program = await trio.to_thread.run_sync(datagram_program)
     for peer, key in ((speaker, guest), (hearer, other)):
         await peer.put(key, PROGRAM, program, mode=0o755)
     hear = f"( {PROGRAM} hear {PORT} ) </dev/null >{HEARD} 2>/dev/null &"
     say = f"( ( {LOOP} ) | tee /dev/console | {PROGRAM} say {address} {PORT} ) </dev/null >/dev/null 2>&1 &"
-    say = f"{known} && {say}"
+    say = f"{known} || exit; {say}"
     for peer, key, script in ((hearer, other, hear), (speaker, guest, say)):
         code, _, err = await peer.execute(key, "sh", "-c", script)
         assert code == 0, err
