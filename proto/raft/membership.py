@@ -81,7 +81,10 @@ class Membership:
 
     def _step_change(self, change: _Change, now: Configuration) -> None:
         newcomers = change.target - now.voters
-        if self._replica.now > change.until:
+        lost = any(
+            found.recovering for peer, found in self._leadership.progress.items() if peer in change.target
+        )
+        if self._replica.now > change.until or lost:
             self._change = None
             if now.learners:
                 self._leadership.change(Configuration(voters=now.voters))

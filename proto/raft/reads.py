@@ -154,8 +154,12 @@ class Reads:
         if self._replica.now < leadership.lease_until:
             while self._leased:
                 self._tell(self._leased.popleft(), self._replica.commit)
+        self._tell_agreed(leadership)
         if (self._fresh or self._leased) and leadership.agreed_round == leadership.round:
             leadership.begin_round()
+            self._tell_agreed(leadership)
+
+    def _tell_agreed(self, leadership: Leadership) -> None:
         for questions in (self._fresh, self._leased):
             while questions and questions[0].round <= leadership.agreed_round:
                 self._tell(questions.popleft(), self._replica.commit)

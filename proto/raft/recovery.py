@@ -46,8 +46,7 @@ class Recovery:
             return
         if self._reads.recovery:
             self._reads.recovery = None
-            deciding = replica.log.configuration_at(replica.commit).deciding
-            if replica.own not in deciding | replica.configuration.deciding:
+            if not self._has_vote():
                 self._over = True
                 replica.end_recovery()
                 return
@@ -57,4 +56,10 @@ class Recovery:
 
     def _can_ask(self) -> bool:
         replica = self._replica
-        return bool(replica.leader) and replica.own not in replica.configuration.deciding
+        return bool(replica.leader and replica.configuration.voters) and not self._has_vote()
+
+    def _has_vote(self) -> bool:
+        """By the configuration that is committed, or by the newest one."""
+        log = self._replica.log
+        deciding = log.configuration_at(self._replica.commit).deciding | log.configuration.deciding
+        return self._replica.own in deciding

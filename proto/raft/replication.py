@@ -231,9 +231,10 @@ class Leadership:
         log = self._replica.log
         if message.index < progress.match:
             return
-        place = message.index + 1
-        if message.index >= log.base_index:
-            place = max(log.last_not_after(message.index, message.hint_term), progress.match) + 1
+        place = log.last_not_after(message.index, message.hint_term)
+        if message.index < log.base_index or (place == log.base_index and log.base_term > message.hint_term):
+            place = log.base_index - 1  # not in the log any more: the snapshot must do
+        place = max(place, progress.match) + 1
         if progress.state == "probe" and progress.asked and place >= progress.next:
             return
         progress.state, progress.asked, progress.next = "probe", False, place

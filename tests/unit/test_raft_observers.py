@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Members without a vote: following, catching up, changing whom they ask."""
+
+from __future__ import annotations
+
+from proto.log import Record
+from proto.raft.events import Received
+from proto.raft.messages import Feed, Follow, SnapshotPart
+from tests.unit.raft_scene import Scene
+
+
+def test_an_observer_gets_what_is_committed_and_only_that() -> None:
+    Scene("a b c", "o").play("""
+        campaign a
+        contacts o a b c
+        propose a x
+        o observer applied=x leader=a config=abc
+        cut a b
+        cut a c
+        propose a y
+        o applied=x last=3
+        heal
+        beat a
+        o applied=x,y
+    """)
+
+
+def test_an_observer_is_told_when_something_comes_and_else_of_life() -> None:
+    scene = Scene("a", "o")
+    scene.play("contacts o a")
+    before = len(scene.sent)
+    scene.play("wake a")
+    assert len(scene.sent) == before
+    scene.play("beat a")
+    feeds = [s.message for _, s in scene.sent[before:] if isinstance(s.message, Feed)]
+    assert [feed.records for feed in feeds] == [()]
+    scene.play("""
+        propose a x
+        o applied=x
+    """)
+
+
+def test_an_observer_far_behind_gets_the_snapshot() -> None:
+    scene = Scene("a b c", "o")
+    scene.play("""
+        campaign a
+        propose a one two three
+        beat a
+        compact a 5 6
+        compact b 5 6
+        compact c 5 6
+        propose a four
+        contacts o a b c
+        o applied=one,two,three,four first=6
+        crash o
+        start o
+        o applied=one,two,three
+        beat a
+        o applied=one,two,three,four
+    """)
+    assert any(isinstance(s.message, SnapshotPart) and s.message.round == 0 for _, s in scene.sent)
+
+
+def test_an_observer_goes_on_to_another_replica() -> None:
+    Scene("a b c", "o").play("""
+        campaign a
+        contacts o a b c
+        o leader=a
+        cut a
+        elapse 0.7
+        wake o
+        campaign b
+        propose b x
+        o applied=x leader=b
+    """)
+
+
+def test_a_follower_feeds_observers_too() -> None:
+    Scene("a b c", "o").play("""
+        campaign a
+        cut o a
+        contacts o a
+        o last=0
+        contacts o b
+        elapse 0.7
+        wake o
+        propose a x
+        beat a
+        o applied=x leader=a
+    """)
+
+
+def test_an_observer_asked_by_another_names_the_voters() -> None:
+    Scene("a b c", "o p").play("""
+        campaign a
+        contacts o a
+        propose a x
+        contacts p o
+        p applied=x
+        elapse 0.1
+        wake p
+        propose a y
+        p applied=x,y leader=a
+    """)
+
+
+def test_an_observer_that_knows_nobody_waits() -> None:
+    scene = Scene("a", "o")
+    scene.play("""
+        elapse 10
+        wake o
+        o observer last=0
+        contacts o a
+        o leader=a
+    """)
+
+
+def test_one_question_per_peer_is_kept() -> None:
+    scene = Scene("a", "o")
+    for _ in range(10):
+        scene.feed("a", Received("o", Follow(2, 2)))
+    before = len(scene.sent)
+    scene.play("beat a")
+    assert len(scene.sent) == before + 1
+
+
+def test_a_feed_never_changes_what_is_committed() -> None:
+    scene = Scene("a b c", "o")
+    scene.play("""
+        campaign a
+        propose a x
+        contacts o a
+        o applied=x log=2,2
+    """)
+    machine = scene.actors["o"].machine
+    assert machine is not None
+    scene.feed("o", Received("a", Feed(9, "a", machine.configuration, 1, 1, (Record(9, 2, b"no"),), 2)))
+    scene.feed("o", Received("a", Feed(9, "a", machine.configuration, 1, 1, (Record(9, 2, b"no"),) * 2, 3)))
+    scene.play("o applied=x log=2,2")
+
+
+def test_observers_read_through_the_leader() -> None:
+    Scene("a b c", "o").play("""
+        campaign a
+        contacts o a
+        propose a x
+        read o 1
+        o ready=1
+        read o 2 fresh
+        o ready=1,2
+    """)

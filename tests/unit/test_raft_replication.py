@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replication: conflicting logs, what is committed when, loss and reordering, disks, snapshots."""
+
+from __future__ import annotations
+
+import pytest
+
+from proto.log import Record
+from proto.machine import Persisted
+from proto.raft.events import Ballot, Received
+from proto.raft.messages import Append, Appended, SnapshotTaken
+from tests.unit.raft_scene import Scene
+
+
+def test_proposals_reach_everybody_and_commit() -> None:
+    Scene("a b c").play("""
+        campaign a
+        propose a x y
+        a applied=x,y commit=4
+        b applied=x,y
+        c applied=x,y
+    """)
+
+
+def test_a_proposal_elsewhere_does_nothing() -> None:
+    Scene("a b c").play("""
+        campaign a
+        propose b x
+        b last=2
+        a last=2
+    """)
+
+
+def test_a_minority_commits_nothing_and_loses_its_tail() -> None:
+    Scene("a b c").play("""
+        campaign a
+        cut a
+        propose a lost
+        a applied= last=3
+        campaign b
+        b leader term=3
+        propose b x
+        heal
+        beat b
+        a follower applied=x log=2,3,3
+    """)
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        "1 1 1 4 4 5 5 6 6",
+        "1 1 1 4",
+        "1 1 1 4 4 5 5 6 6 6 6",
+        "1 1 1 4 4 5 5 6 6 6 7 7",
+        "1 1 1 4 4 4 4",
+        "1 1 1 2 2 2 3 3 3 3 3",
+    ],
+)
+def test_any_conflicting_log_is_repaired_quickly(log: str) -> None:
+    """The six followers of figure 7 of the Raft paper."""
+    scene = Scene("a b c", logs={"a": "1 1 1 4 4 5 5 6 6 6", "b": log, "c": "1 1 1 4 4 5 5 6 6 6"})
+    if "7" in log:
+        scene.actors["a"].disk.ballot = scene.actors["c"].disk.ballot = Ballot(7)
+        scene.do_start("a")
+        scene.do_start("c")
+    scene.play("""
+        cut b
+        campaign a
+        a leader
+        heal
+        beat a
+        beat a
+        b follower leader=a
+    """)
+    assert scene.actors["b"].see("log") == scene.actors["a"].see("log")
+    refused = [
+        s for name, s in scene.sent if name == "b" and isinstance(s.message, Appended) and not s.message.ok
+    ]
+    assert len(refused) <= 6
+
+
+def test_a_record_of_an_older_term_is_not_committed_by_counting() -> None:
+    """Figure 8 of the Raft paper: the record of term 2 is on a majority, and yet may still be replaced."""
+    scene = Scene("a b c", logs={"a": "2", "b": "2", "c": "3"})
+    scene.actors["a"].disk.ballot = scene.actors["b"].disk.ballot = Ballot(3)
+    scene.play("""
+        start a
+        start b
+        cut c
+        hold a
+        hold b
+        campaign a
+    """)
+    for name in "aba":
+        scene.do_disk(name, "1")
+        scene.settle()
+    scene.play("""
+        beat a
+        a leader term=4 commit=1 log=2,4
+        b log=2,4
+        crash a
+        crash b
+        start b
+        heal
+        campaign c
+        campaign c
+        c leader term=5
+        beat c
+        b log=3,5
+        start a
+        beat c
+        a log=3,5 commit=3
+    """)
+
+
+def test_records_of_older_terms_are_committed_with_the_first_of_the_own() -> None:
+    Scene("a b c", logs={"a": "2 2", "b": "2 2", "c": "2 2"}).play("""
+        hold b
+        cut c
+        campaign a
+        disk b
+        a leader term=3 commit=4
+    """)
+
+
+def test_lost_appends_are_sent_again() -> None:
+    Scene("a b c").play("""
+        campaign a
+        beat a
+        mute a b
+        propose a x
+        propose a y
+        heal
+        b applied=
+        propose a z
+        beat a
+        b applied=x,y,z
+    """)
+
+
+def test_appends_in_any_order_and_twice_do_no_harm() -> None:
+    for how in ("backwards", "twice"):
+        Scene("a b c").play(f"""
+            campaign a
+            beat a
+            tap a b
+            propose a 1
+            propose a 2
+            propose a 3
+            pour {how}
+            beat a
+            b applied=1,2,3 log=2,2,2,2
+            a leader applied=1,2,3
+        """)
+
+
+def test_a_window_of_appends_is_under_way_at_most() -> None:
+    scene = Scene("a b c")
+    scene.play("""
+        campaign a
+        beat a
+        hold b
+    """)
+    before = len(scene.sent)
+    for number in range(200):
+        scene.play(f"propose a {number}")
+    appends = [send for name, send in scene.sent[before:] if name == "a" and send.peer == "b"]
+    assert sum(bool(send.message.records) for send in appends if isinstance(send.message, Append)) == 64
+    scene.play("""
+        disk b
+        beat a
+        beat a
+        b last=202
+    """)
+
+
+def test_the_own_record_counts_only_once_it_is_durable() -> None:
+    Scene("a b c").play("""
+        campaign a
+        hold a
+        cut c
+        propose a x
+        a applied=
+        disk a
+        a applied=x
+    """)
+
+
+def test_two_followers_may_commit_while_the_leaders_disk_is_slow() -> None:
+    Scene("a b c").play("""
+        campaign a
+        hold a
+        propose a x
+        a applied=x
+        crash a
+        start a
+        campaign b
+        beat b
+        a applied=x
+    """)
+
+
+def test_a_follower_acknowledges_only_what_is_durable() -> None:
+    Scene("a b c").play("""
+        campaign a
+        cut c
+        hold b
+        propose a x
+        beat a
+        a applied=
+        disk b
+        a applied=x
+    """)
+
+
+def test_a_slow_disk_costs_no_leadership() -> None:
+    Scene("a b c").play("""
+        campaign a
+        beat a
+        cut c
+        hold b
+        propose a x
+        elapse 0.6
+        beat a
+        elapse 0.6
+        beat a
+        elapse 0.6
+        beat a
+        a leader term=2 applied=
+    """)
+
+
+def test_late_word_of_a_write_that_was_cut_off_proves_nothing() -> None:
+    """ABA: record 3 of term 2 is being written, is cut off, and another record 3 takes its place."""
+    scene = Scene("a b c")
+    scene.play("campaign a")
+    b = scene.actors["b"]
+    scene.play("hold b")
+    assert b.machine is not None
+    scene.feed("b", Received("a", Append(2, 2, 2, (Record(2, 3, b"old"), Record(2, 4, b"old")), 2, 9)))
+    old = b.writes[-1].key
+    scene.feed("b", Received("c", Append(3, 2, 2, (Record(3, 3, b"new"),), 2, 1)))
+    scene.mail.clear()
+    scene.sent.clear()
+    scene.feed("b", Persisted(old))
+    assert b.machine._replica.stable == 2
+    assert not any(isinstance(s.message, Appended) and s.message.index > 2 for _, s in scene.sent)
+    scene.feed("b", Persisted(b.writes[-1].key))
+    acknowledged = [s.message for _, s in scene.sent if isinstance(s.message, Appended) and s.message.ok]
+    assert acknowledged[-1].index == 3
+
+
+def test_a_word_about_a_write_that_never_was_is_nothing() -> None:
+    scene = Scene("a b c")
+    scene.play("campaign a")
+    for key in ("99", "x", "", "-1", "9" * 40, "²"):
+        scene.feed("b", Persisted(key))
+    scene.play("""
+        propose a x
+        b applied=x
+    """)
+
+
+def test_a_replica_far_behind_gets_the_snapshot_in_parts() -> None:
+    scene = Scene("a b c")
+    scene.play("""
+        campaign a
+        cut c
+        propose a one two three
+        compact a 5 6
+        a first=6
+        propose a four
+        heal
+        beat a
+        beat a
+        c applied=one,two,three,four first=6
+        crash c
+        start c
+        c applied=one,two,three
+        beat a
+        c applied=one,two,three,four
+    """)
+    parts = [s.message for _, s in scene.sent if isinstance(s.message, SnapshotTaken)]
+    assert len(parts) >= 4
+    assert scene.actors["c"].disk.snapshot.index == 5
+
+
+def test_a_snapshot_goes_on_where_it_stopped() -> None:
+    scene = Scene("a b c")
+    scene.play("""
+        campaign a
+        cut c
+        propose a one two three four five six
+        compact a 8 9
+        heal
+        mute c a
+    """)
+    scene.feed("a", Received("c", Appended(2, False, 2, 1, 2)))
+    scene.play("""
+        heal
+        elapse 0.95
+        beat a
+    """)
+    received = [s.message.received for _, s in scene.sent if isinstance(s.message, SnapshotTaken)]
+    assert received[:4] == [4, 8, 12, 16]
+    assert all(number >= 16 for number in received[4:])
+    scene.play("""
+        beat a
+        c applied=one,two,three,four,five,six
+    """)
+
+
+def test_restoring_waits_for_the_disk() -> None:
+    Scene("a b c").play("""
+        campaign a
+        cut c
+        propose a one
+        compact a 3 4
+        propose a two
+        hold c
+        heal
+        beat a
+        beat a
+        c applied=
+        disk c
+        c applied=one,two
+    """)
+
+
+def test_a_follower_whose_log_ends_at_the_leaders_base_in_another_term_gets_the_snapshot() -> None:
+    Scene("a b c", logs={"a": "1 3", "b": "1 3", "c": "1 2"}).play("""
+        cut c
+        campaign a
+        a leader
+        propose a x
+        compact a 3 4
+        heal
+        beat a
+        beat a
+        c log=4,4
+    """)
+
+
+def test_compaction_keeps_what_it_is_told_and_ignores_the_absurd() -> None:
+    Scene("a b c").play("""
+        campaign a
+        propose a 1 2 3 4
+        compact a 6 4
+        a first=4 last=6
+        compact a 5 6
+        compact a 99 50
+        compact a 1 1
+        a first=4 last=6
+        crash a
+        start a
+        a first=4 last=6
+    """)
+
+
+def test_what_was_known_to_be_committed_is_applied_at_the_start() -> None:
+    scene = Scene("a b c")
+    scene.play("""
+        campaign a
+        propose a x
+        crash a
+    """)
+    scene.actors["a"].disk.commit = 3
+    scene.play("""
+        start a
+        a applied=x commit=3
+    """)
