@@ -271,10 +271,11 @@ def _remove_peer(state: State, entry: e.RemovePeer, _client: str) -> State:
             f"move them: mobictl peer drain {member.name}",
         )
     for guest in guests:
-        lost = guest.model_copy(
-            update={"state": "lost", "state_since": state.time, "message": f"{member.name} was evicted"}
-        )
-        state = replace(state, guests=_with(state.guests, guest.key, lost))
+        # What may run there until a lease is out waits for that; the coordinator then gives it a new owner.
+        bound = (guest.on_partition, guest.held_to, guest.wanted) == ("freeze", "freeze", "running")
+        resting = guest.state in ("stopped", "failed", "lost")
+        update = {"state": "fenced" if bound and not resting else "lost"}
+        state = _change_guest(state, guest, message=f"{member.name} was evicted", **update)
     keys = tuple(key.model_copy(update={"stale": True}) for key in state.gossip_keys)
     return _change_member(replace(state, gossip_keys=keys), member.id, status="left")
 

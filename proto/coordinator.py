@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from proto import failover, voters
-from proto.entries import Entry, Member, Proposal, SetLease
+from proto.entries import Entry, FailOverGuest, Member, Proposal, SetLease
 from proto.intake import Intake
 from proto.lease_events import PeerLost, Renew
 from proto.leases import Grantor, GrantorEffect
@@ -80,6 +80,8 @@ class Coordinator:
         if number is not None:
             self.grantor.lift(number)
             self._setting.pop(number, None)
+        if self.settled and number is not None and proposal and isinstance(proposal.entry, FailOverGuest):
+            return self.members_changed(view)
         if self.settled or term != self.term:
             return []
         wants = self.members_changed(view)
@@ -98,8 +100,8 @@ class Coordinator:
     def members_changed(self, view: View) -> list[Want]:
         """Members, their longest leases or open handovers are others now.
 
-        A peer that has left gets no lease any more, but as long as a handover hangs on it, its last one must
-        be waited for.
+        A peer that has left gets no lease any more, but as long as a handover or a guest hangs on it, its
+        last one must be waited for.
         """
         state = view.state
         hung = {
@@ -108,12 +110,16 @@ class Coordinator:
             if migration.state == "open"
             for peer in (migration.source, migration.destination)
         }
+        left = {member.id for member in state.members.values() if member.status != "member"}
+        if left:
+            owned = (guest for guest in state.guests.values() if guest.owner in left)
+            hung |= {guest.owner for guest in owned if failover.concerns(state, guest)}
         leases = {
             member.id: member.lease
             for member in state.members.values()
-            if member.status == "member" or member.id in hung
+            if member.id not in left or member.id in hung
         }
-        gone = {peer for peer in leases if state.members[peer].status != "member"}
+        gone = left & hung
         return [*self.grantor.members(leases, gone, view.now)]
 
     # Leases.

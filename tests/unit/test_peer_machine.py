@@ -403,6 +403,24 @@ def test_a_lost_peers_lease_bound_guests_start_elsewhere_and_it_finds_that_out_w
     assert any(found.peer == ident("d") for found in cluster.leader.found)
 
 
+def test_an_evicted_peers_bound_guests_wait_for_its_lease_and_start_elsewhere() -> None:
+    cluster = mesh("abcd", "abc")
+    cluster.commit("a", guest("bound", "d"))
+    cluster.commit("a", guest("free", "d", on_partition="run"))
+    cluster.run(0.5)
+    cluster.split("d", "abc")
+    cluster.commit("a", e.RemovePeer(peer=ident("d"), force=True))
+    leader = cluster.leader
+    assert held(cluster, cluster.hosts["d"])
+    assert leader.state.guests["lab/bound"].state == "fenced"
+    assert leader.state.guests["lab/free"].state == "lost"
+    cluster.until(lambda: leader.state.guests["lab/bound"].epoch == 2)
+    assert not held(cluster, cluster.hosts["d"])
+    told = len(leader.lost)
+    cluster.run(5.0)
+    assert len(leader.lost) == told, "nothing hangs on it any more"
+
+
 def test_a_guest_for_which_nobody_has_room_is_marked_once_and_goes_on_when_there_is() -> None:
     cluster = mesh("abcd", "abc")
     cluster.commit("a", guest("big", "d", memory=8 << 30))
