@@ -16,12 +16,14 @@ Under trio:
 
 Without trio, `Mesh("127.0.0.1:7400").call("vm.ls")` does the same and blocks.
 
-Whatever goes wrong is an `OperationError` with a code, a sentence and a hint. A request whose block is
-left before its result, by Ctrl-C too, is cancelled at the peer.
+Whatever goes wrong is an `OperationError` with a code, a sentence and a hint; it is a `PeerLost` if the
+peer does not answer (any more). A request whose block is left before its result, by Ctrl-C too, is cancelled
+at the peer. Each request carries a key: asked again with the same one, at any peer, it is done once.
 """
 
 from __future__ import annotations
 
+import secrets
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -39,10 +41,25 @@ CONNECT_TIMEOUT: Final = 10.0
 SEND_TIMEOUT: Final = 60.0
 CANCEL_TIMEOUT: Final = 2.0
 CALL_TIMEOUT: Final = 120.0
+WATCH_INTERVAL: Final = 2.0
+WATCH_TIMEOUT: Final = 8.0
+"""A watched peer that leaves a ping unanswered for so long is given up."""
 QUEUE: Final = 64
 _CHUNK: Final = 64 << 10
 
 Args = Arguments | Mapping[str, Any] | None
+
+
+def new_key() -> str:
+    """A key for a command."""
+    return secrets.token_hex(16)
+
+
+class PeerLost(OperationError):
+    """The asked peer cannot be reached, or the connection to it was lost: another one may be asked."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__("unreachable", message, hint)
 
 
 class Request:
@@ -121,9 +138,7 @@ class Client:
 
     def _lose(self, reason: str) -> OperationError:
         if self._lost is None:
-            self._lost = OperationError(
-                "unreachable", reason, "see whether the peer still runs: mobictl status"
-            )
+            self._lost = PeerLost(reason, "see whether the peer still runs: mobictl status")
         for request in list(self._requests.values()):
             request.finish(wire.Failure(request.id, self._lost))
         self._requests.clear()
@@ -159,15 +174,18 @@ class Client:
                 raise wire.WireError("a message that only a client sends")
 
     @asynccontextmanager
-    async def request(self, op: str, args: Args = None) -> AsyncGenerator[Request, None]:
-        """Begin `op`; leaving the block before its result cancels it at the peer and waits for that."""
+    async def request(self, op: str, args: Args = None, *, key: str = "") -> AsyncGenerator[Request, None]:
+        """Begin `op`; leaving the block before its result cancels it at the peer and waits for that.
+
+        Another attempt of a command has the `key` of the first; without one it is a command of its own.
+        """
         if self._lost is not None:
             raise self._lost
         request = Request(self, self._next, op)
         self._next += 1
         self._requests[request.id] = request
         try:
-            await self.send(wire.Request(request.id, op, arguments(args)))
+            await self.send(wire.Request(request.id, op, arguments(args), key=key or new_key()))
             yield request
         finally:
             if not request.ended:
@@ -190,15 +208,27 @@ class Client:
         *,
         timeout: float = CALL_TIMEOUT,
         on_item: Callable[[dict[str, Any]], None] | None = None,
+        key: str = "",
     ) -> Any:
         """The result of `op`; `on_item` sees each item. `timeout` in seconds. Raises OperationError."""
         with trio.move_on_after(timeout):
-            async with self.request(op, args) as request:
+            async with self.request(op, args, key=key) as request:
                 if on_item is not None:
                     async for item in request:
                         on_item(item)
                 return await request.result()
         raise OperationError("timeout", f"{self.where} did not answer {op} within {timeout:g} s")
+
+    async def watch(self) -> None:
+        """Ping the peer all the time, and give it up when it does not answer: a host that stands still keeps
+        its connections."""
+        while self._lost is None:
+            await trio.sleep(WATCH_INTERVAL)
+            try:
+                await self.call("ping", timeout=WATCH_TIMEOUT)
+            except OperationError as error:
+                if error.code == "timeout":
+                    self._lose(f"{self.where} does not answer any more")
 
 
 def arguments(args: Args) -> dict[str, Any]:
@@ -210,24 +240,32 @@ def arguments(args: Args) -> dict[str, Any]:
 
 @asynccontextmanager
 async def connect(
-    target: str, *, credentials: Credentials | None = None, pinned: bytes | None = None
+    target: str,
+    *,
+    credentials: Credentials | None = None,
+    pinned: bytes | None = None,
+    timeout: float = CONNECT_TIMEOUT,
+    watched: bool = False,
 ) -> AsyncGenerator[Client, None]:
     """A `Client` for `unix:PATH` or `HOST:PORT`. Raises OperationError(unreachable, unauthenticated).
 
+    `watched` gives up a peer that stands still (`Client.watch`).
     `credentials` default to this user's own, as left by `mobictl login`; with `pinned`, a raw public key, the
     caller comes as a stranger to exactly that peer (that is how a login itself goes).
     """
-    with trio.move_on_after(CONNECT_TIMEOUT) as scope:
+    with trio.move_on_after(timeout) as scope:
         if target.startswith("unix:"):
             stream = await _connect_unix(Path(target.removeprefix("unix:")))
         else:
             stream = await _connect_tls(target, credentials, pinned)
     if scope.cancelled_caught:
-        raise _unreachable(target, f"no answer within {CONNECT_TIMEOUT:g} s")
+        raise _unreachable(target, f"no answer within {timeout:g} s")
     client = Client(stream, target)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.read)
+            if watched:
+                nursery.start_soon(client.watch)
             try:
                 yield client
             finally:
@@ -239,11 +277,11 @@ async def connect(
         raise first_error(group) from None
 
 
-def _unreachable(target: str, reason: str) -> OperationError:
+def _unreachable(target: str, reason: str) -> PeerLost:
     hint = (
         "start a peer with: mobictl up" if target.startswith("unix:") else "is it running, and its port open?"
     )
-    return OperationError("unreachable", f"the peer at {target} cannot be reached: {reason}", hint)
+    return PeerLost(f"the peer at {target} cannot be reached: {reason}", hint)
 
 
 def _reason(error: OSError) -> str:

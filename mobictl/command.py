@@ -32,7 +32,7 @@ PeerOption = Annotated[
         "--peer",
         metavar="HOST:PORT|unix:PATH",
         envvar="MOBI_PEER",
-        help="The peer to ask (default: a local one).",
+        help="The peer to ask (default: a local one); if it dies half-way, others go on with the command.",
     ),
 ]
 DirOption = Annotated[

@@ -20,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from mobictl.doors import Known
 from mobictl.files import replace_file
 from mobictl.places import config_directory
 from proto.api import OperationError
@@ -49,6 +50,8 @@ class Credentials:
         """What is there; raises OperationError(unauthenticated) when the user never logged in."""
         found = cls(directory or config_directory())
         found._read()
+        known = Known.load(found.directory)
+        found.meshes = {mesh: known.members(mesh) or members for mesh, members in found.meshes.items()}
         if not found.meshes or not found.identity.exists():
             raise OperationError(
                 "unauthenticated",
@@ -102,6 +105,7 @@ class Credentials:
         self.meshes[mesh] = members
         text = json.dumps({"format": FORMAT, "meshes": self.meshes}, indent=1)
         _write(self.directory / "meshes.json", text.encode())
+        Known.load(self.directory).put(mesh, members)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -160,17 +160,21 @@ def directory_lock(directory: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def local_peers(directory: Path) -> list[LocalPeer]:
+    """The peers below a directory or in it, whether they run or not."""
+    return load_manifest(directory).peers or [
+        LocalPeer(path.name, path)
+        for path in (directory, *_subdirectories(directory))
+        if (path / "run").exists()
+    ]
+
+
 def find_peer(directory: Path, name: str | None = None) -> LocalPeer:
     """The peer of this name, or the first one that answers, below a directory or in it.
 
     Raises OperationError(unreachable) that says what was looked at.
     """
-    manifest = load_manifest(directory)
-    found = manifest.peers or [
-        LocalPeer(path.name, path)
-        for path in (directory, *_subdirectories(directory))
-        if (path / "run").exists()
-    ]
+    found = local_peers(directory)
     if name is not None:
         found = [peer for peer in found if peer.name == name]
         if not found:

@@ -10,19 +10,26 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.text import Text
 
 from mobictl import client, places
+from mobictl.doors import Doors
+from mobictl.persist import Attempt, Persistence
 from proto.api import OperationError
 
+ResultT = TypeVar("ResultT")
 Call = Callable[[dict[str, Any]], None]
+
+OF_THE_ASKED_PEER = ("stop", "peer.join", "peer.leave")
+"""Operations on the asked peer itself: nobody else can go on with them."""
 
 
 @dataclass
@@ -45,11 +52,7 @@ class Session:
 
     def target(self) -> str:
         """Where the peer is: `unix:PATH` or `HOST:PORT`. Raises OperationError(unreachable)."""
-        if self.peer is None:
-            return places.find_peer(self.root).target
-        if self.peer.startswith("unix:") or ":" in self.peer:
-            return self.peer
-        return places.find_peer(self.root, self.peer).target
+        return Doors(self.root, self.peer).first()
 
     def call(
         self,
@@ -59,11 +62,26 @@ class Session:
         timeout: float = client.CALL_TIMEOUT,
         on_item: Call | None = None,
     ) -> Any:
-        """The result of an operation of the peer."""
-        return client.Mesh(self.target()).call(op, args, timeout=timeout, on_item=on_item)
+        """The result of an operation, of the peer or of another one when that dies half-way."""
+        if op in OF_THE_ASKED_PEER:
+            return client.Mesh(self.target()).call(op, args, timeout=timeout, on_item=on_item)
+        key, deadline = client.new_key(), time.monotonic() + timeout
+
+        async def attempt(connection: client.Client) -> Any:
+            left = max(1.0, deadline - time.monotonic())
+            return await connection.call(op, args, timeout=left, on_item=on_item, key=key)
+
+        return self.persist(attempt)
+
+    def persist(self, attempt: Attempt[ResultT]) -> ResultT:
+        """Run `attempt` under trio with a connection to the peer, and again with others when it dies.
+
+        It must carry the same key each time, and go on where it was.
+        """
+        return client.run(Persistence(Doors(self.root, self.peer), self.note).run, attempt)  # type: ignore[no-any-return]
 
     def run(self, work: Callable[[client.Client], Awaitable[Any]]) -> Any:
-        """Run `work` under trio with a connection to the peer."""
+        """Run `work` under trio with a connection to the peer, once."""
         target = self.target()
 
         async def connected() -> Any:

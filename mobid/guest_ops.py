@@ -8,6 +8,7 @@ peer where it lives.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -183,8 +184,9 @@ class GuestOperations:
         return self._row(await self._want(args.vm, "running", ("running",), step(request)))
 
     async def _stop(self, args: api.VmForce, request: str) -> entries.Guest:
-        keeper = self._guests.keeper(args.vm)
-        if keeper is not None and args.force:
+        keeper, guest = self._guests.keeper(args.vm), self._catalog.state.find_guest(args.vm)
+        again = self._catalog.applied(request) is not None and guest.wanted != "stopped"
+        if keeper is not None and args.force and not again:
             keeper.force = True
             keeper.wake()
         return await self._want(args.vm, "stopped", ("stopped", "failed"), request)
@@ -309,13 +311,14 @@ class GuestOperations:
     async def logs(self, request: Request, args: api.VmLogs) -> dict[str, Any]:
         """What a guest's console has printed; with `follow` also what it prints from now on."""
         path = self._guests.local(args.vm).console_log
-        position = 0
-        for part in (path.with_name(path.name + ".1"), path):
-            position = await _send_log(request, part, 0)
+        older, position = path.with_name(path.name + ".1"), 0
+        file, begin = args.after or (0, 0)
+        for part in (older, path) if _inode(path) != file else (path,):
+            position = await _send_log(request, part, begin if _inode(part) == file else 0)
         while args.follow and path.parent.exists():
             await trio.sleep(FOLLOW_INTERVAL)
             if path.exists() and path.stat().st_size < position:  # rotated
-                position = await _send_log(request, path.with_name(path.name + ".1"), position)
+                position = await _send_log(request, older, position)
                 position = 0
             position = await _send_log(request, path, position)
         return {}
@@ -418,13 +421,22 @@ def _data_of(item: dict[str, Any]) -> bytes:
     return data
 
 
+def _inode(path: Path) -> int:
+    """What tells a log from the one that took its place; 0 if there is none."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
 async def _send_log(request: Request, path: Path, position: int) -> int:
     """Send a log file from `position` on; where it ended."""
     try:
         with path.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
             file.seek(position)
             while data := file.read(LOG_CHUNK):
-                await request.item({"data": data})
+                await request.item({"data": data, "position": [inode, file.tell()]})
             return file.tell()
     except FileNotFoundError:
         return 0

@@ -9,7 +9,6 @@ gives the same answer.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +20,7 @@ from mobid.operations import Request, made_id, operation, step
 from proto import api, entries, tokens
 from proto.api import OperationError
 from proto.identity import IdentityError, peer_id, public_key
-
-TOKEN_ATTEMPTS = 10
+from proto.state import State
 
 
 class Mesh:
@@ -119,27 +117,24 @@ class Mesh:
     async def token_new(self, request: Request, args: api.TokenNew) -> dict[str, Any]:
         """Make a token; its text is shown once and kept nowhere.
 
-        The secret of an earlier attempt of the same command is lost with its answer: that token is revoked.
+        Every attempt of one command makes the same token: its secret follows from the command's key, which
+        no log holds.
         """
-        secret, expires = secrets.token_bytes(tokens.SECRET_SIZE), time.time() + args.ttl
-        earlier: list[entries.AnyEntry] = []
-        for attempt in range(TOKEN_ATTEMPTS):
-            id = made_id(request, f"token.{attempt}", 8)
-            kept = entries.Token(
-                id=id,
-                secret_hash=tokens.hash_secret(id, secret),
-                role=args.role,
-                uses=args.uses,
-                expires=expires,
-                created_by=self._catalog.state.peer_name(self._identity.id),
-            )
-            batch = entries.Batch(entries=(*earlier, entries.AddToken(token=kept)))
-            await self._catalog.propose(batch, request=step(request, f"token.{attempt}"))
-            if self._catalog.state.tokens.get(id) == kept:
-                self._emit("token.made", token=id, role=args.role, uses=args.uses)
-                return self._new_token(id, secret, args, expires)
-            earlier = [entries.RevokeToken(token=id)]
-        raise OperationError("conflict", "this command was asked too often", "ask for a token anew")
+        id = made_id(request, "token", 8)
+        secret = bytes.fromhex(made_id(request, "token secret", 2 * tokens.SECRET_SIZE))
+        token = entries.Token(
+            id=id,
+            secret_hash=tokens.hash_secret(id, secret),
+            role=args.role,
+            uses=args.uses,
+            expires=time.time() + args.ttl,
+            created_by=self._catalog.state.peer_name(self._identity.id),
+        )
+        if self._catalog.applied(step(request)) is None:
+            await self._catalog.propose(entries.AddToken(token=token), request=step(request))
+            self._emit("token.made", token=id, role=args.role, uses=args.uses)
+        made = self._catalog.state.tokens.get(id, token)
+        return self._new_token(id, secret, args, made.expires)
 
     def _new_token(self, id: str, secret: bytes, args: api.TokenNew, expires: float) -> dict[str, Any]:
         state = self._catalog.state
@@ -234,12 +229,14 @@ class Mesh:
             "mesh": state.mesh,
             "user": id,
             "role": state.users[id].role,
-            "members": [
-                {"name": m.name, "address": m.address, "key": public_key(m.certificate)}
-                for m in state.members.values()
-                if m.status == "member"
-            ],
+            "members": _doors(state),
         }
+
+    @operation("mesh.doors", role="viewer")
+    async def doors(self, _request: Request, _args: api.Nothing) -> dict[str, Any]:
+        """Which other peers, with which keys, a user may go on with when this one dies."""
+        state = self._catalog.state
+        return {"mesh": state.mesh, "members": _doors(state)}
 
     def _checked_token(self, id: str, secret: bytes) -> entries.Token:
         """The token, if the secret is right.
@@ -270,6 +267,14 @@ class Mesh:
             if args.peer in (member.name, member.id):
                 return self._shown(member)
         raise OperationError("not-found", f"there is no peer {args.peer!r} any more")
+
+
+def _doors(state: State) -> list[dict[str, Any]]:
+    return [
+        {"name": m.name, "address": m.address, "key": public_key(m.certificate)}
+        for m in state.members.values()
+        if m.status == "member"
+    ]
 
 
 def _token_state(token: entries.Token, now: float) -> str:

@@ -67,18 +67,23 @@ class Request(Protocol):
 
 
 def step(request: Request, name: str = "") -> str:
-    """What the catalog calls one step of a command, for `Catalog.propose` and `.applied`: KEY#NAME.
+    """What the catalog calls one step of a command, for `Catalog.propose` and `.applied`.
 
-    Empty for a request without key, which cannot be told from another.
+    It is a hash of KEY#NAME, since secrets of what a command makes may follow from its key. Empty for a
+    request without key, which cannot be told from another.
     """
-    return f"{request.key}#{name or request.op}" if request.key else ""
+    return _hash(request.key, f"step {name or request.op}", 32) if request.key else ""
 
 
 def made_id(request: Request, what: str, digits: int) -> str:
     """A new id for what a command makes: the same in every attempt, so that the next one recognises it."""
     if not request.key:
         return secrets.token_hex(digits // 2)
-    return hashlib.sha256(f"{request.key}#{what}".encode()).hexdigest()[:digits]
+    return _hash(request.key, f"made {what}", digits)
+
+
+def _hash(key: str, name: str, digits: int) -> str:
+    return hashlib.sha256(f"{key}#{name}".encode()).hexdigest()[:digits]
 
 
 def taken_back(request: Request) -> bool:

@@ -279,9 +279,10 @@ class VmExec(VmArguments):
 
 
 class VmLogs(VmArguments):
-    """`vm.logs`: items `{data}` of the console log."""
+    """`vm.logs`: items `{data, position}` of the console log; `after` is the position at which to go on."""
 
     follow: bool = False
+    after: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
 
 
 class VmGet(VmArguments):

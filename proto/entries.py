@@ -555,8 +555,8 @@ class Proposal(Thing):
     `client` is a peer's id, `boot` a number that grows with each start of that peer, `sequence` grows with
     each proposal of one boot. `client` is empty for what the coordinator itself decides; `boot` is then its
     term, and such a proposal is sent only once. `time` is the coordinator's clock (seconds since 1970),
-    stamped when it is appended; it never goes back within a log. `request` is KEY#STEP of the command of a
-    person that wants it, or empty: of all proposals with the same one, only the first that is not refused
+    stamped when it is appended; it never goes back within a log. `request` names the step of the command of a
+    person that wants it, or is empty: of all proposals with the same one, only the first that is not refused
     changes anything. `stamp` is the proposer's hybrid logical clock (`proto/hlc.py`).
     """
 

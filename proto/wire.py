@@ -30,7 +30,7 @@ LIMIT_UNAUTHENTICATED = 16 << 10
 MAX_HOPS = 3
 """A request is forwarded at most this often: a guest may move while it is under way."""
 
-KEY_PATTERN = re.compile(r"[0-9a-f]{16}")
+KEY_PATTERN = re.compile(r"[0-9a-f]{16,32}")
 """What the key of a command looks like."""
 
 _HEADER = 4
@@ -42,7 +42,7 @@ class WireError(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """Ask for operation `op`. `hops` counts how often a peer has passed it on. `key` (16 hex digits, or
+    """Ask for operation `op`. `hops` counts how often a peer has passed it on. `key` (16 to 32 hex digits, or
     empty) names the command of which this is an attempt: another attempt, at any peer, carries the same."""
 
     id: int
@@ -225,7 +225,7 @@ def _request(id: int, value: dict[str, Any]) -> Request:
     if not isinstance(hops, int) or isinstance(hops, bool) or not 0 <= hops <= 255:
         raise WireError("a request's hops is no small integer")
     if not isinstance(key, str) or (key and not KEY_PATTERN.fullmatch(key)):
-        raise WireError("a request's key is not 16 hex digits")
+        raise WireError("a request's key is not 16 to 32 hex digits")
     return Request(id, op, args, hops, key)
 
 

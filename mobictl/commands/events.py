@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 
 import typer
@@ -28,23 +29,31 @@ def events(
     ] = None,
 ) -> None:
     """Show the mesh's event log."""
-    args = build(api.Events, "events", since=since, follow=follow)
     kept: list[dict[str, Any]] = []
+    position: dict[str, int] = {}
+    begun = time.monotonic()
+
+    def take(item: dict[str, Any]) -> None:
+        if "remark" in item:
+            session.note(item["remark"])
+            return
+        position[item["peer_id"]] = max(item["stamp"], position.get(item["peer_id"], 0))
+        if not session.json:
+            session.show(item, line(item))
+        elif follow:
+            write_json(item)
+        else:
+            kept.append(item)
 
     async def work(client: Client) -> None:
+        age = None if since is None else since + time.monotonic() - begun
+        args = build(api.Events, "events", since=age, follow=follow, after=position)
         async with client.request("events", args) as request:
             async for item in request:
-                if "remark" in item:
-                    session.note(item["remark"])
-                elif not session.json:
-                    session.show(item, line(item))
-                elif follow:
-                    write_json(item)
-                else:
-                    kept.append(item)
+                take(item)
 
     try:
-        session.run(work)
+        session.persist(work)
     except KeyboardInterrupt:
         if not follow:
             raise

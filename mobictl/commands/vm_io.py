@@ -14,7 +14,7 @@ import trio
 import typer
 
 from mobictl import terminal
-from mobictl.client import Client, Request
+from mobictl.client import Client, PeerLost, Request, new_key
 from mobictl.command import Exit, command
 from mobictl.commands.vm import app
 from mobictl.options import VmArgument, build
@@ -76,15 +76,24 @@ def exec_(
         result: dict[str, Any] = await request.result()
         return result
 
-    if tty:
-        with terminal.raw_mode():
+    try:
+        if tty:
+            with terminal.raw_mode():
+                result = session.run(work)
+        else:
             result = session.run(work)
-    else:
-        result = session.run(work)
+    except PeerLost as error:
+        raise _cut_off(vm, "the program", error) from None
     if session.json:
         texts = {name: outputs[c].decode(errors="replace") for name, c in (("stdout", 1), ("stderr", 2))}
         session.show({**result, **texts})
     raise Exit(exit_code(result))
+
+
+def _cut_off(vm: str, what: str, error: PeerLost) -> OperationError:
+    """What was under way cannot be taken up by another peer: what came and went meanwhile is lost."""
+    text = f"{error.message}: {what} in {vm} was cut off, and may have gone on for a while"
+    return OperationError("unreachable", text, f"see what became of it, with: mobictl vm exec {vm} -- ps")
 
 
 def _variable(text: str) -> tuple[str, str]:
@@ -121,8 +130,11 @@ def console(session: Session, vm: VmArgument) -> None:
                 terminal.write_output(bytes(item["data"]))
             nursery.cancel_scope.cancel()
 
-    with terminal.raw_mode():
-        session.run(work)
+    try:
+        with terminal.raw_mode():
+            session.run(work)
+    except PeerLost as error:
+        raise _cut_off(vm, "the console", error) from None
     if sys.stdin.isatty():
         session.note("")
 
@@ -151,19 +163,22 @@ def logs(
     ] = False,
 ) -> None:
     """Print what a guest wrote to its console."""
-    args = build(api.VmLogs, "vm.logs", vm=vm, follow=follow)
     kept = bytearray()
+    after: list[int] | None = None
 
     async def work(client: Client) -> None:
+        nonlocal after
+        args = build(api.VmLogs, "vm.logs", vm=vm, follow=follow, after=after)
         async with client.request("vm.logs", args) as request:
             async for item in request:
+                after = item.get("position")
                 if session.json and not follow:
                     kept.extend(item["data"])
                 else:
                     terminal.write_output(bytes(item["data"]))
 
     try:
-        session.run(work)
+        session.persist(work)
     except KeyboardInterrupt:
         if not follow:
             raise
@@ -224,10 +239,11 @@ def _put(session: Session, source: str, guest: str, path: str, report: Reporter)
             path += os.path.basename(source)
         mode = stat.S_IMODE(info.st_mode) & 0o777
         args = build(api.VmPut, "vm.put", vm=guest, path=path, mode=mode, size=info.st_size)
+        key = new_key()
 
         async def work(client: Client) -> Any:
-            sent = 0
-            async with client.request("vm.put", args) as request:
+            sent = file.seek(0)
+            async with client.request("vm.put", args, key=key) as request:
                 while not request.ended:
                     data = file.read(CHUNK)
                     await request.send({"data": data})
@@ -237,7 +253,7 @@ def _put(session: Session, source: str, guest: str, path: str, report: Reporter)
                         break
                 return await request.result()
 
-        result: dict[str, Any] = session.run(work)
+        result: dict[str, Any] = session.persist(work)
     return result
 
 
@@ -254,7 +270,7 @@ def _get(session: Session, guest: str, path: str, target: str, report: Reporter)
         ) from None
 
     async def work(client: Client) -> Any:
-        got = 0
+        got = file.truncate(file.seek(0))
         async with client.request("vm.get", args) as request:
             async for item in request:
                 file.write(item["data"])
@@ -264,7 +280,7 @@ def _get(session: Session, guest: str, path: str, target: str, report: Reporter)
 
     try:
         with open(fd, "wb") as file:
-            result: dict[str, Any] = session.run(work)
+            result: dict[str, Any] = session.persist(work)
         os.chmod(temporary, int(result.get("mode") or 0o644) & 0o777)
         os.rename(temporary, place)
     except OSError as error:

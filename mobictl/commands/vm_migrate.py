@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from mobictl import options, tables
-from mobictl.client import Client
+from mobictl.client import Client, new_key
 from mobictl.command import Exit, command
 from mobictl.commands.vm import app
 from mobictl.options import VmArgument, build
@@ -73,23 +73,25 @@ def migrate(
         on_stall=on_stall,
     )
     if background:
-        session.run(lambda client: _begin(client, args))
+        key = new_key()
+        session.persist(lambda client: _begin(client, args, key))
         words = f"{vm}: moving to {to}; mobictl vm ls shows where it is"
         session.show({"vm": vm, "to": to, "background": True}, words)
         return
     with reporting(session, f"{vm} → {to}") as report:
+        told: set[str] = set()
         record = session.call(
-            "vm.migrate", args, timeout=deadline + 120, on_item=lambda item: progress(report, item)
+            "vm.migrate", args, timeout=deadline + 120, on_item=lambda item: progress(report, item, told)
         )
     session.show(record, *summary(record))
     if not record.get("ok"):
         raise Exit(1)
 
 
-async def _begin(client: Client, args: api.VmMigrate) -> None:
+async def _begin(client: Client, args: api.VmMigrate, key: str) -> None:
     """Ask for the move and leave at its first word: from then on the peer carries it out by itself."""
     with trio.move_on_after(BEGIN_TIMEOUT):
-        async with client.request("vm.migrate", args) as request:
+        async with client.request("vm.migrate", args, key=key) as request:
             async for _ in request:
                 return
             await request.result()
@@ -106,8 +108,16 @@ def adopt(session: Session, vm: VmArgument) -> None:
     session.show(found, f"{vm}: goes on at {found['peer']}")
 
 
-def progress(report: Reporter, item: dict[str, Any]) -> None:
-    """One item of a migration: bytes of the present pass, a finished pass, or a stage by name."""
+def progress(report: Reporter, item: dict[str, Any], told: set[str]) -> None:
+    """One item of a migration: bytes of the present pass, a finished pass, or a stage by name.
+
+    Whoever goes on with the command tells all items again; those in `told` are left out.
+    """
+    if "done_bytes" not in item:
+        text = repr(item)
+        if text in told:
+            return
+        told.add(text)
     number = item.get("pass")
     if "done_bytes" in item:
         report.amount(f"pass {number}", item["done_bytes"], item.get("total_bytes"))
