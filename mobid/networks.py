@@ -267,6 +267,8 @@ class Networks:
             for peer in set(kept) - partners:
                 kept.pop(peer).cancel()
                 self.tunnels.forget(peer)
+                if self._has_left(peer):
+                    self.tunnels.renew()
             for peer in partners - set(kept):
                 kept[peer] = trio.CancelScope()
                 nursery.start_soon(self._keep_tunnel, switch, peer, kept[peer])
@@ -291,6 +293,10 @@ class Networks:
         """The members that share a network with this peer, or did a moment ago."""
         members = self._catalog.state.members
         return {peer for _, peer in self._lingering if peer in members and members[peer].status == "member"}
+
+    def _has_left(self, peer: str) -> bool:
+        member = self._catalog.state.members.get(peer)
+        return member is None or member.status == "left"
 
     async def _retire(self, switch: Switch) -> bool:
         """End the switch when nobody has needed it for a while."""

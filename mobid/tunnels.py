@@ -4,7 +4,8 @@
 Each direction of a tunnel has keys of its own, made by the *receiver*: it tells its switch to accept the key,
 then gives it to the sender over the control channel (TLS, both sides known), whose switch seals with it from
 there on. A key lives in one switch process at each end, so counters never repeat. It is replaced every hour,
-when the own switch is a new process, and when the other peer says that its switch is a new process.
+when the own switch is a new process, when the other peer says that its switch is a new process, and when a
+peer has left the mesh. The old key holds for a moment beside the new one, so no frame is lost by that.
 """
 
 from __future__ import annotations
@@ -116,8 +117,13 @@ class Tunnels:
         await tunnel.given.wait_until(given)
 
     def forget(self, peer: str) -> None:
-        """The peer has left."""
+        """This peer has no tunnel with that one any more."""
         self._tunnels.pop(peer, None)
+
+    def renew(self) -> None:
+        """Give every peer a new key."""
+        for tunnel in self._tunnels.values():
+            tunnel.wanted.set()
 
     async def _give_key(self, switch: Switch, peer: str, tunnel: _Tunnel) -> None:
         key = tunnel.pending

@@ -20,6 +20,7 @@ import trio
 from mobid import config as configuration
 from mobid.identity import load_or_create
 from mobid.peer import Outcome, Peer, load
+from mobid.switch import Switch
 from proto import entries
 from tests.switch_rig import BROADCAST, NetDriver, mac, number_of, numbered
 
@@ -358,6 +359,52 @@ async def restart(mesh: Meshwork, ended: Peer) -> Peer:
         await ready.wait()
     mesh.peers.append(peer)
     return peer
+
+
+async def test_tunnel_keys_are_renewed_without_losing_a_frame(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By age, and at once when somebody has been evicted, whose packets then count for nothing."""
+    keys: list[tuple[str, int]] = []
+    set_peer = Switch.set_peer
+
+    async def noted(switch: Switch, peer: str, udp: tuple[str, int], key_id: int, key: bytes) -> None:
+        await set_peer(switch, peer, udp, key_id, key)
+        keys.append((peer, key_id))
+
+    monkeypatch.setattr(Switch, "set_peer", noted)
+    async with meshwork(socket_dir, ("one", "two", "three")) as mesh:
+        one, two, three = mesh.peers
+        a, b = await mesh.guest(one, A, 1), await mesh.guest(two, B, 2)
+        c = await mesh.guest(three, C, 3)
+        await gets_through(a, b, 1)
+        await gets_through(c, a, 2)
+        sent = arrived = 100
+        for _ in range(40):
+            one.networks.tunnels.renew()
+            two.networks.tunnels.renew()
+            for _ in range(10):
+                sent += 1
+                a.send(numbered(b.address, a.address, sent))
+                await trio.sleep(0.002)
+            while arrived < sent:
+                arrived += 1
+                assert number_of(await arrives(b, lambda f: number_of(f) > 100)) == arrived
+        assert len({key for peer, key in keys if peer == two.id}) > 10
+        before = len(keys)
+        three_ended = mesh.ended[three.id]
+        await one.links.call(one.id, "peer.evict", {"peer": "three"})
+        mesh.peers.remove(three)
+
+        async def gone_and_renewed() -> bool:
+            partners = [peer.networks._switch for peer in (one, two)]
+            known = any(switch is not None and switch.knows(three.id) for switch in partners)
+            return not known and {one.id, two.id} <= {peer for peer, _ in keys[before:]}
+
+        await comes_true(gone_and_renewed)
+        await gets_through(a, b, 9999)
+        with trio.fail_after(TIMEOUT):
+            await three_ended.wait()
 
 
 async def test_no_guest_no_switch(socket_dir: Path) -> None:
