@@ -17,7 +17,7 @@ from mobictl.command import (
     application,
     command,
 )
-from mobictl.commands import doctor, events, image, lab, net, peer, up, vm, vm_io, vm_migrate, wan
+from mobictl.commands import doctor, events, image, lab, net, peer, up, user, vm, vm_io, vm_migrate, wan
 
 app = application("Networks of virtual machines that live: one file, any host, moved while they run.", PREFIX)
 
@@ -56,6 +56,7 @@ command(app, "status")(peer.status)
 command(app, "login")(peer.login)
 command(app, "leader")(peer.leader)
 app.add_typer(peer.app, name="peer")
+app.add_typer(user.app, name="user")
 app.add_typer(wan.app, name="wan")
 app.add_typer(lab.app, name="lab")
 app.add_typer(vm.app, name="vm")

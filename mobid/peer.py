@@ -51,6 +51,7 @@ from mobid.operations import Operations, Request, operation
 from mobid.rpc import ServedRequest
 from mobid.server import Server, open_tcp, open_unix
 from mobid.stamps import HybridClock
+from mobid.users import Users
 from proto import api, entries, tokens, versions
 from proto.api import OperationError
 from proto.state import State
@@ -98,7 +99,8 @@ class Peer:
         self._shutdown: list[Callable[[], Awaitable[None]]] = []
         self._closing: list[Callable[[], Awaitable[None]]] = []
         history = EventService(self.events, self.stamps, self.links, self._members)
-        for part in (self, self.catalog, self.mesh, history):
+        users = Users(self.catalog, self.events.emit)
+        for part in (self, self.catalog, self.mesh, users, history):
             self.operations.add(part)
 
     @property

@@ -207,6 +207,12 @@ class MeshLogin(Arguments):
     name: Name
 
 
+class UserArguments(Arguments):
+    """`user.rm`: a name or an id."""
+
+    user: Reference
+
+
 class Events(Arguments):
     """`events`: those not older than `since` seconds (None: all that are kept), then what follows.
 
