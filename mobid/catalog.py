@@ -1,129 +1,398 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The catalog of a live peer: the log on disk, the state it makes, and how others get both.
+"""The catalog of a live peer: the state that the mesh agrees on, as far as this peer knows it.
 
-One peer, the coordinator, appends; an entry is answered only after fsync. The other members follow: they
-stream the records they lack, append them to a log of their own and apply them, so that every peer answers
-questions from its own state, also when it starts alone. What a peer proposes goes to the coordinator with a
-sequence number, so that a proposal whose answer was lost can be sent again and is applied once.
-
-Proposals that come while the disk is busy share the next fsync.
+What is agreed is decided by the machine of `proto/peer.py`, which every peer runs; a `Driver` keeps it going.
+This is its face to the other parts: they read the newest state, wait for it to change, and propose entries.
+A proposal is made true by the coordinator, whoever that is; this peer learns what became of it from its own
+copy of the log, so no answer can get lost and nothing is done twice. A question that must not be answered
+from an old copy is a `read`.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
+import secrets
 import time
+from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Protocol
+from functools import partial
 
 import structlog
 import trio
-from pydantic import Field
 
-from mobid.lease import Lease
-from mobid.logfile import LogFile
-from mobid.operations import Request, operation
+from mobid.driver import Driver
+from mobid.lease import Lease, boottime
+from mobid.mail import FAREWELL
 from mobid.signal import Changed
 from mobid.stamps import HybridClock
-from proto import entries, versions, wire
-from proto.api import Arguments, OperationError
-from proto.catalog import Refused, State, applied_index, apply, skip
-from proto.log import Record
-from proto.state import SESSION_WINDOW
-
-TERM = 1
-"""With a single voter there is one term for ever; an election will count them."""
-
-BATCH = 128
-"""Proposals that share one fsync."""
+from mobid.store import Store
+from proto import entries, versions
+from proto.api import OperationError
+from proto.lease_events import Deadline, PeerFound, PeerLost
+from proto.log import MAX_PAYLOAD
+from proto.machine import Woken
+from proto.peer import Peer as Machine
+from proto.peer import found
+from proto.peer_events import (
+    Applied,
+    Effect,
+    Event,
+    Fence,
+    GivenUp,
+    Proposed,
+    Readable,
+    Restored,
+    Settings,
+    Sighted,
+    Wall,
+)
+from proto.raft.events import TIMER, Became, Durable, Read, ReadFailed, Role, TransferTo
+from proto.state import SESSION_WINDOW, State
+from proto.swim.packets import Reach
 
 QUEUE = SESSION_WINDOW // 2
-"""Proposals that wait for the disk.
+"""Proposals of this peer that are under way at once; few enough that none is forgotten too early."""
 
-A peer has at most so many outstanding, so none is forgotten too early.
-"""
+BACKLOG = 4096
+"""Applied entries that are kept for those who follow them one by one."""
 
-FOLLOW_BYTES = 1 << 20
-"""Bytes of records in one item to a follower."""
+SILENT_AFTER = 3.0
+"""A voter not heard for so long, and three election times, does not answer."""
 
-ATTEMPT_TIMEOUT = 5.0
-RETRY_PAUSE = 0.2
-LONGEST_PAUSE = 3.0
+FULL_PATIENCE = 1.0
+"""How long a coordinator with a full disk waits for others to make a proposal true without it."""
+
+ROOM_FOR_STAMPS = 1 << 10
+"""Bytes by which an entry may grow when the coordinator stamps it."""
+
+READ_PAUSE = 0.1
+HAND_OVER_PAUSE = 2.0
+WALL_PAUSE = 60.0
+NOTE_PAUSE = 1.0
 
 log = structlog.get_logger()
 
 
-class Propose(Arguments):
-    """`catalog.propose`, from a member to the coordinator: an encoded `Proposal` of that member."""
-
-    proposal: Annotated[bytes, Field(max_length=wire.LIMIT)]
-
-
-class Follow(Arguments):
-    """`catalog.follow`: items `{records: [[term, index, payload], …]}` after index `after`, for ever."""
-
-    after: Annotated[int, Field(ge=0)]
-
-
-class Reaching(Protocol):
-    """What the catalog needs of the links."""
-
-    async def call(self, peer: str, op: str, args: Arguments, timeout: float) -> Any: ...
-
-    def stream(self, peer: str, op: str, args: Arguments) -> Any: ...
-
-
 @dataclass
 class _Pending:
-    """A proposal that waits for the disk."""
+    """Somebody waits for an answer of the machine."""
 
-    proposal: entries.Proposal
     done: trio.Event = field(default_factory=trio.Event)
     index: int = 0
+    state: State | None = None
     error: OperationError | None = None
+
+    def answer(self, error: OperationError | None) -> None:
+        if not self.done.is_set():
+            self.error = error
+            self.done.set()
+
+
+@dataclass(frozen=True)
+class Leadership:
+    """Who coordinates, as far as this peer knows. `since` is seconds since 1970."""
+
+    role: Role = "observer"
+    term: int = 0
+    leader: str = ""
+    since: float = 0.0
 
 
 class Catalog:
     """The one object through which everything shared is read and changed.
 
-    `bootstrap` is what a newcomer was told when it joined: enough of a state to find the coordinator, until
-    the first records have come.
+    `bootstrap` is what was known of the mesh before the catalog itself is: enough to find its members.
     """
 
     def __init__(
         self,
-        path: Path,
+        store: Store,
         own: str,
-        links: Reaching,
-        bootstrap: State | None = None,
+        send: Callable[[str, bytes], None],
+        settings: Settings,
         *,
-        clock: Callable[[], float] = time.time,
+        bootstrap: State | None = None,
         stamps: HybridClock | None = None,
     ) -> None:
-        """Opens and replays the log; raises `OperationError` if it is damaged."""
+        """Nothing happens before `begin`. `send(peer, data)` posts a message, perhaps in vain."""
         self.lease = Lease()
+        self._store = store
         self._own = own
-        self._links = links
-        self._clock = clock
-        self._stamps = stamps or HybridClock(clock)
-        self._file = LogFile(path) if path.exists() else LogFile.create(path)
-        self._state = bootstrap or State()
-        self._applied: list[entries.Proposal | None] = []
-        self._records: list[Record] = []
+        self._send = send
+        self._settings = settings
+        self._stamps = stamps or HybridClock()
+        self._bootstrap = bootstrap or State()
+        self._state = self._bootstrap
+        self._machine: Machine | None = None
+        self._driver: Driver | None = None
         self._changed = Changed()
-        self._proposals_in, self._proposals = trio.open_memory_channel[_Pending](QUEUE)
-        self._slots = trio.CapacityLimiter(QUEUE)
+        self._leadership = Leadership()
+        self._backlog: list[tuple[int, entries.Proposal]] = []
+        self._first = 1
+        self._fresh = False
+        self._boot = 0
         self._sequence = 0
-        for record in self._file.records:
-            self._take(record)
-        self._boot = self._next_boot()
-        if self._file.torn:
-            log.warning("catalog.torn", bytes=self._file.torn, index=self._state.index)
+        self._slots = trio.CapacityLimiter(QUEUE)
+        self._proposals: dict[int, _Pending] = {}
+        self._cookies = itertools.count(1)
+        self._reads: dict[int, _Pending] = {}
+        self._lost: dict[str, tuple[int, PeerLost]] = {}
+        self._loss_numbers = itertools.count(1)
+        self._losses = Changed()
+        self._heard: dict[str, float] = {}
+        self._looks: dict[str, Reach] = {}
+        self._left: dict[str, float] = {}
+        self._begun = boottime()
 
-    def _next_boot(self) -> int:
+    # Beginning.
+
+    @property
+    def empty(self) -> bool:
+        """Whether this peer has neither a catalog nor a mesh to fetch one from."""
+        return self._store.empty and not self._bootstrap.mesh
+
+    def found(self, mesh: str, member: entries.Member) -> None:
+        """Write the first log of a mesh with this one member, durably; only into an empty store. Blocks."""
+        if not self.empty:
+            raise ValueError("the catalog is not empty")
+        first = found(self._own, member, mesh, time.time())
+        self._store.write([Durable(ballot=first.ballot, records=tuple(first.records))])
+        self._store.note_commit(first.commit)
+        self._store.close()
+        self._store = Store(self._store.directory)
+
+    def begin(self) -> None:
+        """Take up what the store holds: from here on `state` is what this peer knew when it ended."""
+        rng = random.Random(secrets.randbits(128))
+        contacts = [peer for peer in self._bootstrap.members if peer != self._own]
+        self._machine = Machine(self._own, self._store.stored, self._settings, rng, contacts)
+        self._driver = Driver(self._machine, self._store, self._send, self._deliver)
+        if self._machine.state.index:
+            self._state = self._machine.state
+        self._first = self._state.index + 1
+        self.feed(Wall(time.time()))
+        self.feed(Woken(TIMER))
         session = self._state.sessions.get(self._own)
-        return max(time.time_ns(), session.boot + 1 if session else 0)
+        self._boot = self._store.next_boot(max(time.time_ns(), session.boot + 1 if session else 0))
+
+    def feed(self, event: Event) -> None:
+        """Give the machine an event."""
+        if self._driver is not None:
+            self._driver.feed(event)
+
+    def receive(self, peer: str, data: bytes) -> None:
+        """A message came from a member, whose key the connection proved."""
+        self._heard[peer] = boottime()
+        if self._driver is not None:
+            self._driver.receive(peer, data)
+
+    def member(self, peer: str) -> entries.Member | None:
+        """Where a message to this peer goes; None if it is no member, as far as is known here.
+
+        One that has just left is still told so.
+        """
+        found = self._state.members.get(peer) or self._bootstrap.members.get(peer)
+        if found is None or (found.status == "left" and boottime() > self._left.get(peer, 0.0) + FAREWELL):
+            return None
+        return found
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take part in keeping the catalog, as long as the peer lasts."""
+        assert self._driver is not None
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._driver.run)
+            nursery.start_soon(self._tell_wall)
+            nursery.start_soon(self._note_commit)
+            nursery.start_soon(self._catch_up)
+            nursery.start_soon(self._watch_disk, self._driver)
+            task_status.started()
+
+    async def _tell_wall(self) -> None:
+        while True:
+            await trio.sleep(WALL_PAUSE)
+            self.feed(Wall(time.time()))
+
+    async def _catch_up(self) -> None:
+        await self.read(math.inf)
+        self._fresh = True
+        self._changed.set()
+
+    async def _note_commit(self) -> None:
+        noted = 0
+        while True:
+            if self._state.index != noted:
+                noted = self._state.index
+                self._store.note_commit(noted)
+            await trio.sleep(NOTE_PAUSE)
+
+    async def _watch_disk(self, driver: Driver) -> None:
+        """A coordinator whose disk is full says so to those who wait, unless the others do without it."""
+        while True:
+            await driver.filled.wait()
+            await trio.sleep(FULL_PATIENCE)
+            if driver.full is not None and self.leads:
+                for pending in list(self._proposals.values()):
+                    pending.answer(driver.full)
+
+    def close(self) -> None:
+        """Close the store; nothing may be proposed any more."""
+        if self._state.index:
+            self._store.note_commit(self._state.index)
+        self._store.close()
+
+    # What the machine says.
+
+    def _deliver(self, effect: Effect) -> None:
+        match effect:
+            case Applied():
+                self._take(effect)
+            case Restored(state):
+                self._state = state
+                self._backlog.clear()
+                self._first = state.index + 1
+                self._changed.set()
+            case Became(role, term, leader):
+                self._became(role, term, leader)
+            case Readable(cookie, state):
+                self._answer_read(cookie, state)
+            case ReadFailed(cookie):
+                self._answer_read(cookie, None)
+            case Deadline(at):
+                self.lease.extend(at)
+            case PeerLost(peer):
+                self._lost[peer] = (next(self._loss_numbers), effect)
+                self._losses.set()
+            case PeerFound(peer):
+                self._lost.pop(peer, None)
+
+    def _take(self, applied: Applied) -> None:
+        before, self._state = self._state, applied.state
+        if self._state.members is not before.members:
+            self._note_who_left(before)
+        proposal = applied.proposal
+        if proposal is not None:
+            self._stamps.witness(proposal.stamp)
+        if proposal is not None and (proposal.client, proposal.boot) == (self._own, self._boot):
+            pending = self._proposals.get(proposal.sequence)
+            if pending is not None:
+                pending.index = applied.index
+                pending.answer(applied.refused)
+        if proposal is not None and applied.refused is None and not applied.repeated:
+            self._backlog.append((applied.index, proposal))
+            if len(self._backlog) > 2 * BACKLOG:
+                del self._backlog[:BACKLOG]
+                self._first = self._backlog[0][0]
+        self._changed.set()
+
+    def _note_who_left(self, before: State) -> None:
+        for peer, member in self._state.members.items():
+            known = before.members.get(peer)
+            if member.status == "left" and known is not None and known.status == "member":
+                self._left[peer] = boottime()
+
+    def _became(self, role: Role, term: int, leader: str) -> None:
+        before = self._leadership
+        same = (before.term, before.leader) == (term, leader)
+        self._leadership = Leadership(role, term, leader, before.since if same else time.time())
+        if role != "leader":
+            self._lost.clear()
+        if not same:
+            log.info("catalog.leader", role=role, term=term, leader=self._state.peer_name(leader))
+        self._changed.set()
+
+    # Who decides.
+
+    @property
+    def leadership(self) -> Leadership:
+        """Role, term and leader, as far as this peer knows; `changed` is set when they change."""
+        return self._leadership
+
+    @property
+    def leader(self) -> str:
+        """The coordinator's id, "" if it is not known."""
+        return self._leadership.leader
+
+    @property
+    def leads(self) -> bool:
+        """Whether this peer is the coordinator."""
+        return self._leadership.role == "leader"
+
+    @property
+    def fresh(self) -> bool:
+        """Whether this peer has known the newest state since it started: nothing that cannot be taken back
+        may be done by an old one. `changed` is set when it becomes true."""
+        return self._fresh
+
+    @property
+    def voters(self) -> frozenset[str]:
+        """The ids of those who vote, by the newest configuration known here."""
+        if self._machine is None:
+            return frozenset()
+        return self._machine.configuration.deciding
+
+    def missing(self) -> dict[str, float]:
+        """The voters that do not answer, and for how many seconds they have been silent."""
+        now = boottime()
+        patience = SILENT_AFTER + 3 * self._settings.raft.election
+        silent = {
+            peer: now - self._heard.get(peer, self._begun)
+            for peer in self.voters
+            if peer != self._own and self._looks.get(peer) != "alive"
+        }
+        return {peer: silence for peer, silence in silent.items() if silence > patience}
+
+    def dispensable(self, peer: str) -> bool:
+        """Whether the mesh could decide without this peer, if it were gone now."""
+        if self._machine is None:
+            return False
+        settled = self._machine.configuration
+        return settled.quorum(settled.deciding - self.missing().keys() - {peer})
+
+    async def hand_over(self, timeout: float) -> None:
+        """Let another voter coordinate, if this peer does; raises `OperationError(conflict)`."""
+        deadline = trio.current_time() + timeout
+        while self.leads:
+            heirs = sorted(self.voters - self.missing().keys() - {self._own})
+            if trio.current_time() >= deadline:
+                raise OperationError("conflict", "no other voter has taken over", "try again in a moment")
+            if heirs:
+                self.feed(TransferTo(heirs[0]))
+            with trio.move_on_after(min(HAND_OVER_PAUSE, timeout)):
+                await self._changed.wait_until(lambda: not self.leads)
+
+    def no_leader(self) -> OperationError:
+        """Why there is no coordinator, in words."""
+        voters, missing = self.voters, self.missing()
+        if not voters:
+            return OperationError(
+                "no-leader",
+                "no coordinator: this peer has no catalog yet and none of the members it knows has answered",
+                "start the peers of the mesh, or mend the network between them",
+            )
+        there = len(voters) - len(missing)
+        if 2 * there > len(voters):
+            return OperationError("no-leader", "no coordinator right now: one is being elected", "try again")
+        names = ", ".join(
+            f"{self._state.peer_name(peer)} (silent for {silence:.0f} s)"
+            for peer, silence in sorted(missing.items(), key=lambda item: self._state.peer_name(item[0]))
+        )
+        return OperationError(
+            "no-leader",
+            f"no coordinator: {there} of {len(voters)} voters answer; missing: {names}",
+            "start the missing peers again, or mend the network to them; what is there goes on as it is",
+        )
+
+    async def wait_leader(self, timeout: float) -> str:
+        """The coordinator's id; waits for one to be elected, then raises `OperationError(no-leader)`."""
+        with trio.move_on_after(timeout):
+            await self._changed.wait_until(lambda: bool(self.leader))
+            return self.leader
+        raise self.no_leader()
+
+    # Reading.
 
     @property
     def state(self) -> State:
@@ -132,29 +401,8 @@ class Catalog:
 
     @property
     def changed(self) -> Changed:
-        """Set after every applied record."""
+        """Set after every applied record, and when the coordinator changes."""
         return self._changed
-
-    @property
-    def leads(self) -> bool:
-        """Whether this peer is the coordinator."""
-        return self._state.coordinator == self._own
-
-    def found(self, mesh: str, member: entries.Member) -> None:
-        """Write the first record; only on an empty log. Blocks."""
-        if self._records:
-            raise ValueError("the catalog is not empty")
-        self._state = State()
-        first = entries.Proposal(entry=entries.Found(mesh=mesh, member=member), time=self._clock())
-        record = self._made(self._state, first)
-        self._keep([record])
-        self._take(record)
-
-    def _keep(self, records: list[Record]) -> None:
-        self._file.append(records)
-        self._file.sync()
-
-    # Reading.
 
     async def wait(self, predicate: Callable[[State], bool], timeout: float | None = None) -> State:
         """The first state, from now on, for which `predicate` holds; raises `OperationError(timeout)`."""
@@ -165,19 +413,50 @@ class Catalog:
 
     async def changes(
         self, after: int | None = None
-    ) -> AsyncGenerator[tuple[int, entries.Proposal, State], None]:
-        """Every entry applied after index `after` (default: now), for ever, with the newest state.
+    ) -> AsyncGenerator[tuple[int, entries.Proposal | None, State], None]:
+        """Every entry that became true after record `after` (default: now), for ever, with the newest state.
 
-        A slow reader loses no entry; the state may be newer than the entry. Refused entries are left out.
+        The state may be newer than the entry. What a reader has missed because it was too slow, or this peer
+        was given a snapshot, is one item without a proposal: only the state tells then.
         """
         position = self._state.index if after is None else after
         while True:
-            while position < len(self._applied):
-                proposal = self._applied[position]
-                position += 1
-                if proposal is not None:
-                    yield position, proposal, self._state
-            await self._changed.wait()
+            if position + 1 < self._first:
+                position = self._first - 1
+                yield position, None, self._state
+            start = bisect_right(self._backlog, position, key=lambda item: item[0])
+            for index, proposal in self._backlog[start : start + 100]:
+                position = index
+                yield index, proposal, self._state
+            await self._changed.wait_until(partial(self._has_more, position))
+
+    def _has_more(self, position: int) -> bool:
+        return position + 1 < self._first or bool(self._backlog and self._backlog[-1][0] > position)
+
+    async def read(self, timeout: float = 10.0) -> State:
+        """A state at least as new as everything that was acknowledged anywhere before this call.
+
+        Raises `OperationError(no-leader)`.
+        """
+        with trio.move_on_after(timeout):
+            while True:
+                cookie, pending = next(self._cookies), _Pending()
+                self._reads[cookie] = pending
+                try:
+                    self.feed(Read(cookie))
+                    await pending.done.wait()
+                finally:
+                    self._reads.pop(cookie, None)
+                if pending.state is not None:
+                    return pending.state
+                await trio.sleep(READ_PAUSE)
+        raise self.no_leader()
+
+    def _answer_read(self, cookie: int, state: State | None) -> None:
+        pending = self._reads.get(cookie)
+        if pending is not None:
+            pending.state = state
+            pending.done.set()
 
     # Proposing.
 
@@ -190,200 +469,88 @@ class Catalog:
 
         `request` is the step of a command (`operations.step`): one that was applied before changes nothing.
 
-        Raises `OperationError`: the code of a refusal if it contradicts the state; `no-leader` or `timeout`
-        if the coordinator did not answer (then it may still become true).
+        Raises `OperationError`: the code of a refusal if it contradicts the state, `too-large`; `no-leader`
+        if nobody made it true in time, `no-room` if the disk is full (then it may still become true).
         """
         versions.check_entry(self._state, entry)
-        reason = "the coordinator did not answer"
         with trio.move_on_after(timeout):
             async with self._slots:
-                self._sequence += 1
-                proposal = entries.Proposal(
-                    entry=entry,
-                    client=self._own,
-                    boot=self._boot,
-                    sequence=self._sequence,
-                    request=request,
-                    stamp=self._stamps.now(),
-                )
-                while True:
-                    try:
-                        return await self._commit(proposal)
-                    except OperationError as error:
-                        if error.code not in ("unreachable", "timeout", "no-leader"):
-                            raise
-                        reason = error.message
-                    await trio.sleep(RETRY_PAUSE)
-        raise OperationError(
-            "no-leader",
-            f"the catalog could not be changed within {timeout:g} s: {reason}",
-            "is the coordinator up?",
+                return await self._propose(entry, request)
+        raise self._unproposed(timeout)
+
+    async def _propose(self, entry: entries.Entry, request: str) -> int:
+        assert self._driver is not None
+        if self._driver.full is not None and self.leads and self.voters == {self._own}:
+            await trio.sleep(FULL_PATIENCE)
+            if self._driver.full is not None:
+                raise self._driver.full
+        self._sequence += 1
+        sequence, pending = self._sequence, _Pending()
+        proposal = entries.Proposal(
+            entry=entry,
+            client=self._own,
+            boot=self._boot,
+            sequence=sequence,
+            request=request,
+            stamp=self._stamps.now(),
         )
-
-    async def _commit(self, proposal: entries.Proposal) -> int:
-        """The index, once the coordinator has it on disk and this peer has applied it."""
-        if self.leads:
-            return await self._append(proposal)
-        if not self._state.coordinator:
-            raise OperationError("no-leader", "this peer does not know its mesh's coordinator yet")
-        args = Propose(proposal=entries.encode(proposal))
-        answer = await self._links.call(
-            self._state.coordinator, "catalog.propose", args, timeout=ATTEMPT_TIMEOUT
-        )
-        index = int(answer["index"])
-        await self._changed.wait_until(lambda: self._state.index >= index)
-        return index
-
-    @operation("catalog.propose", role="peer", args=Propose, route="coordinator")
-    async def answer_proposal(self, request: Request, args: Propose) -> dict[str, int]:
-        """A member's proposal; only its own, so that no peer can speak for another."""
-        proposal = entries.decode(args.proposal)
-        if proposal.client != request.caller.id:
-            raise OperationError("forbidden", "a peer can only propose in its own name")
-        if isinstance(proposal.entry, entries.Found):
-            raise OperationError("forbidden", "a mesh is founded once")
-        return {"index": await self._append(proposal)}
-
-    async def _append(self, proposal: entries.Proposal) -> int:
-        pending = _Pending(proposal)
-        await self._proposals_in.send(pending)
-        await pending.done.wait()
+        _check_size(proposal)
+        self._proposals[sequence] = pending
+        try:
+            self.feed(Proposed(proposal, time.time()))
+            await pending.done.wait()
+        finally:
+            if self._proposals.pop(sequence, None) is not None:
+                self.feed(GivenUp(sequence))
         if pending.error is not None:
             raise pending.error
         return pending.index
 
-    async def _write(self) -> None:
-        """The coordinator's only writer."""
+    def _unproposed(self, timeout: float) -> OperationError:
+        if not self.leader:
+            return self.no_leader()
+        name = self._state.peer_name(self.leader)
+        return OperationError(
+            "no-leader",
+            f"the coordinator {name} did not make the change true within {timeout:g} s; it may still do so",
+            "look again in a moment",
+        )
+
+    # Members that come and go.
+
+    def sight(
+        self, peer: str, state: Reach, rtt: float | None = None, memory_free: int | None = None
+    ) -> None:
+        """A hint of how a member looks from here, and what its host has free."""
+        self._looks[peer] = state
+        if state == "alive":
+            self._heard[peer] = boottime()
+        self.feed(Sighted(peer, state, rtt, memory_free))
+
+    async def lost(self) -> AsyncGenerator[PeerLost, None]:
+        """At the coordinator: the peers whose lease has run out by every clock, as often as it is noticed."""
+        seen = 0
         while True:
-            batch = [await self._proposals.receive()]
-            while len(batch) < BATCH:
-                try:
-                    batch.append(self._proposals.receive_nowait())
-                except trio.WouldBlock:
-                    break
-            await self._write_batch(batch)
+            for number, loss in sorted(self._lost.values(), key=lambda item: item[0]):
+                if number > seen:
+                    seen = number
+                    yield loss
+            await self._losses.wait_until(partial(self._has_lost, seen))
 
-    async def _write_batch(self, batch: list[_Pending]) -> None:
-        records: list[Record] = []
-        state = self._state
-        for pending in batch:
-            try:
-                state = self._judge(state, pending, records)
-            except OperationError as error:
-                pending.error = error
-        try:
-            if records:
-                await trio.to_thread.run_sync(self._keep, records)
-        except OperationError as error:
-            for pending in batch:
-                pending.error = pending.error or error
-        else:
-            for record in records:
-                self._take(record)
-        for pending in batch:
-            pending.done.set()
+    def _has_lost(self, seen: int) -> bool:
+        return any(number > seen for number, _ in self._lost.values())
 
-    def _judge(self, state: State, pending: _Pending, records: list[Record]) -> State:
-        """The state with this proposal, which gets its record; raises if it is refused."""
-        proposal = pending.proposal
-        known = applied_index(state, proposal.client, proposal.boot, proposal.sequence)
-        if known is None and proposal.request:
-            known = state.requests.get(proposal.request)
-        if known is not None:
-            pending.index = known
-            return state
-        proposal = proposal.model_copy(update={"time": max(state.time, self._clock())})
-        after = apply(state, state.index + 1, proposal)
-        records.append(self._made(state, proposal))
-        pending.index = after.index
-        return after
+    async def fence(self, peer: str, entry: entries.Entry, term: int) -> None:
+        """Commit what follows from a lost lease, if it is lost still and this peer coordinates in `term`."""
+        self.feed(Fence(peer, entry, term, time.time()))
+        await trio.lowlevel.checkpoint()
 
-    @staticmethod
-    def _made(state: State, proposal: entries.Proposal) -> Record:
-        return Record(TERM, state.index + 1, entries.encode(proposal))
 
-    def _take(self, record: Record) -> None:
-        """Apply a durable record."""
-        proposal: entries.Proposal | None = entries.decode(record.payload)
-        before = self._state if self._records else State()
-        try:
-            assert proposal is not None
-            self._stamps.witness(proposal.stamp)
-            self._state = apply(before, record.index, proposal)
-        except Refused:
-            self._state = skip(before, record.index)
-            proposal = None
-        self._records.append(record)
-        self._applied.append(proposal)
-        self._changed.set()
-
-    # Following.
-
-    @operation("catalog.follow", role="peer", args=Follow, timeout=None)
-    async def feed(self, request: Request, args: Follow) -> None:
-        """Stream the records that a member lacks, for ever."""
-        position = args.after
-        if position > len(self._records):
-            raise OperationError(
-                "conflict",
-                f"a follower has {position} records of the catalog, the coordinator {len(self._records)}",
-                "the coordinator's directory was put back to an older state; restore the newest copy",
-            )
-        while True:
-            while position < len(self._records):
-                part = self._part(position)
-                position += len(part)
-                await request.item({"records": part})
-            await self._changed.wait()
-
-    def _part(self, position: int) -> list[list[Any]]:
-        part: list[list[Any]] = []
-        size = 0
-        for record in self._records[position : position + 1000]:
-            size += len(record.payload)
-            if part and size > FOLLOW_BYTES:
-                break
-            part.append([record.term, record.index, record.payload])
-        return part
-
-    async def _follow(self) -> None:
-        pause = RETRY_PAUSE
-        while True:
-            try:
-                args = Follow(after=len(self._records))
-                async with self._links.stream(self._state.coordinator, "catalog.follow", args) as stream:
-                    async for item in stream:
-                        await self._take_in(item)
-                        pause = RETRY_PAUSE
-            except OperationError as error:
-                level = log.error if error.code in ("conflict", "failed", "no-room") else log.info
-                level("catalog.follow.lost", reason=error.message, hint=error.hint)
-            await trio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-    async def _take_in(self, item: dict[str, Any]) -> None:
-        try:
-            records = [
-                Record(int(term), int(index), bytes(payload)) for term, index, payload in item["records"]
-            ]
-        except (KeyError, TypeError, ValueError):
-            raise OperationError("failed", "the coordinator sent records that cannot be read") from None
-        for place, record in enumerate(records):
-            if record.index != len(self._records) + 1 + place:
-                raise OperationError("failed", f"record {record.index} of the catalog came out of order")
-            entries.decode(record.payload)
-        await trio.to_thread.run_sync(self._keep, records)
-        for record in records:
-            self._take(record)
-
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Write, or follow, as long as the peer lasts."""
-        task_status.started()
-        if self.leads:
-            await self._write()
-        else:
-            await self._follow()
-
-    def close(self) -> None:
-        """Close the file; nothing may be proposed any more."""
-        self._file.close()
+def _check_size(proposal: entries.Proposal) -> None:
+    size = len(entries.encode(proposal))
+    if size > MAX_PAYLOAD - ROOM_FOR_STAMPS:
+        raise OperationError(
+            "too-large",
+            f"an entry of {size} bytes is larger than the {MAX_PAYLOAD} the catalog takes",
+            "make it in several steps",
+        )

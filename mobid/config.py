@@ -17,7 +17,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import platformdirs
@@ -25,7 +25,7 @@ import platformdirs
 from proto.api import OperationError
 
 APPLICATION = "mobitopolo"
-FORMAT = 1
+FORMAT = 2
 DEFAULT_PORT = 7400
 
 LOCK_ATTEMPTS = 10
@@ -61,6 +61,17 @@ def runtime_directory(directory: Path) -> Path:
 
 
 @dataclass(frozen=True)
+class Times:
+    """How fast the mesh notices that its coordinator is gone, in seconds; the same at every peer.
+
+    The coordinator is heard every `heartbeat`; `election` after it was last heard another one is elected.
+    """
+
+    heartbeat: float = 0.1
+    election: float = 1.0
+
+
+@dataclass(frozen=True)
 class Config:
     """What a peer is told at its start.
 
@@ -75,6 +86,7 @@ class Config:
     listen: tuple[str, int] = ("0.0.0.0", DEFAULT_PORT)
     advertise: str | None = None
     join: str | None = None
+    times: Times = field(default_factory=Times)
 
     @property
     def runtime(self) -> Path:

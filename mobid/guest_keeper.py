@@ -112,6 +112,8 @@ class Keeper:
         self._pulse = 0
         self._changed = Changed()
         self._leaving = False
+        self.seen = trio.Event()
+        """Set once the catalog says of the guest what this process sees of it."""
         self.left = trio.Event()
         """Set when nobody looks after the guest any more."""
 
@@ -146,12 +148,14 @@ class Keeper:
     async def run(self) -> None:
         """Look after the guest until this peer has nothing to do with it any more."""
         while not self._leaving:
-            pulse = self._pulse
+            pulse, fresh = self._pulse, self._k.catalog.fresh
             async with self.busy:
                 await self._take_notice()
                 reported = await self._report()
                 step = self._next_step() if reported else Step.NOTHING
                 await self._take(step)
+            if fresh:
+                self.seen.set()
             if self.local is None and not self._ours():
                 return
             if step in (Step.NOTHING, Step.WAIT):
@@ -166,6 +170,8 @@ class Keeper:
         return wanted is not None and wanted.owner == self._k.me
 
     def _next_step(self) -> Step:
+        if not self._k.catalog.fresh:
+            return Step.NOTHING  # an old catalog may name an owner of long ago
         local, wanted = self.local, self.wanted
         actual = Actual(
             phase=local.phase if local else "absent",
@@ -222,7 +228,10 @@ class Keeper:
 
     async def _see(self, seen: Seen) -> bool:
         self._seen = replace(seen, message=seen.message[:1000])
-        return await self._report()
+        reported = await self._report()
+        if reported and self._k.catalog.fresh:
+            self.seen.set()
+        return reported
 
     async def _take_notice(self) -> None:
         """Turn what happened to the processes into what is reported."""

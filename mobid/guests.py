@@ -82,6 +82,7 @@ class Guests:
             self.adopted.set()
             nursery.start_soon(Renewals(self.lease, self._entitled).run)
             nursery.start_soon(self._wake_with_lease)
+            nursery.start_soon(self._wake_when_fresh)
             state = self.catalog.state
             self._look(state, State())
             async for _, _, new in self.catalog.changes(after=state.index):
@@ -118,6 +119,19 @@ class Guests:
             await self.lease.gained.wait()
             for keeper in self._keepers.values():
                 keeper.wake()
+
+    async def _wake_when_fresh(self) -> None:
+        """Steps are taken only once the catalog is known to be new."""
+        await self.catalog.wait(lambda _state: self.catalog.fresh)
+        for keeper in self._keepers.values():
+            keeper.wake()
+
+    async def settled(self) -> None:
+        """Wait until the catalog says what there is of the guests here, after a start."""
+        await self.adopted.wait()
+        await self.catalog.wait(lambda _state: self.catalog.fresh)
+        for keeper in list(self._keepers.values()):
+            await keeper.seen.wait()
 
     # Looking up.
 
@@ -337,6 +351,7 @@ class Guests:
                 await trio.sleep(KEEPER_PAUSE)
         finally:
             keeper.left.set()
+            keeper.seen.set()
             if self._keepers.get(keeper.id) is keeper:
                 del self._keepers[keeper.id]
                 self._departed.set()

@@ -1,29 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a peer gets its first catalog: it founds a mesh of its own, or joins one with a token.
 
-What a newcomer is told when it joins is kept in `mesh.json` until the catalog itself has come, so that a
-crash in between costs nothing: the next start goes on from there.
+What a newcomer is told when it joins, some of the members, is kept (`recovery.py`), so that a crash before
+the catalog has come costs nothing: the next start goes on from there.
 """
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import trio
 
 from mobid import rpc, tls
-from mobid.config import write_durably
 from mobid.identity import Identity
 from mobid.links import connect_tls
+from mobid.recovery import Known
 from mobid.tasks import background
 from proto import api, entries, tokens, versions
 from proto.api import OperationError
-from proto.state import State
 
 JOIN_TIMEOUT = 30.0
 
@@ -33,35 +30,13 @@ def new_mesh_id() -> str:
     return secrets.token_hex(8)
 
 
-def read_bootstrap(path: Path) -> State | None:
-    """What was kept of an earlier join.
-
-    None if there was none. Raises `OperationError` for a damaged file.
-    """
-    if not path.exists():
-        return None
+def known_after(answer: dict[str, Any]) -> Known:
+    """What a newcomer knows by the answer to `mesh.join`; raises `OperationError` if it makes no sense."""
     try:
-        value = json.loads(path.read_text())
-        members = [
-            entries.Member(**{**member, "certificate": bytes.fromhex(member["certificate"])})
-            for member in value["members"]
-        ]
-        return State(
-            mesh=value["mesh"],
-            coordinator=value["coordinator"],
-            members={member.id: member for member in members},
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise OperationError(
-            "failed", f"{path} is damaged: {error}", "join anew from an empty directory"
-        ) from None
-
-
-def write_bootstrap(path: Path, answer: dict[str, Any]) -> None:
-    """Keep the answer to `mesh.join`."""
-    members = [{**member, "certificate": member["certificate"].hex()} for member in answer["members"]]
-    value = {"mesh": answer["mesh"], "coordinator": answer["coordinator"], "members": members}
-    write_durably(path, json.dumps(value, indent=1).encode())
+        members = tuple(entries.Member(**member) for member in answer["members"])
+        return Known(str(answer["mesh"]), members, fresh=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise OperationError("failed", f"the mesh's answer cannot be understood: {error}") from None
 
 
 async def join(identity: Identity, text: str, name: str, site: str, address: str) -> dict[str, Any]:

@@ -41,6 +41,9 @@ CONNECT_TIMEOUT = 3.0
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
 
+FAREWELL = 10.0
+"""Seconds in which a peer that has left still gets mail, and may send some: so it learns that it has left."""
+
 IDLE = 60.0
 """A connection without traffic for so long is closed."""
 

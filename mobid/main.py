@@ -2,6 +2,7 @@
 """`mobid`: the command that runs a peer in the foreground, examines this machine, or emulates a WAN on it.
 
     mobid run [--dir D] [--name N] [--site S] [--listen ADDR:PORT] [--found | --join TOKEN]
+              [--heartbeat TIME --election TIME]
     mobid doctor [--json]
     mobid wan --dir D --file FILE
 
@@ -24,11 +25,11 @@ import structlog
 import trio
 
 from mobid import doctor, logs, peer, wan
-from mobid.config import DEFAULT_PORT, Config, parse_listen, prepare, state_directory, unwritable
+from mobid.config import DEFAULT_PORT, Config, Times, parse_listen, prepare, state_directory, unwritable
 from mobid.identity import load_or_create
 from mobid.peer import Outcome
 from mobid.tasks import background
-from proto import api, tokens
+from proto import api, tokens, units
 from proto.api import OperationError
 
 log = structlog.get_logger()
@@ -76,6 +77,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TOKEN",
         help="join a mesh; - reads the token from standard input, @FILE from a file",
     )
+    run.add_argument(
+        "--heartbeat",
+        default="100ms",
+        metavar="TIME",
+        help="how often the coordinator is heard; the same at every peer (%(default)s)",
+    )
+    run.add_argument(
+        "--election",
+        default="1s",
+        metavar="TIME",
+        help="how long it may be silent before another one is elected, at least 5 heartbeats; the same at "
+        "every peer (%(default)s)",
+    )
     examine = commands.add_parser("doctor", help="what this machine can do, what is missing, how to mend it")
     examine.add_argument("--json", action="store_true", help="one JSON document")
     nest = commands.add_parser("wan", help="run the network namespaces of an emulated WAN (mobictl up --wan)")
@@ -108,7 +122,30 @@ def _config(arguments: argparse.Namespace) -> Config:
         listen=parse_listen(arguments.listen),
         advertise=arguments.advertise,
         join=_token(arguments.join),
+        times=_times(arguments.heartbeat, arguments.election),
     )
+
+
+def _times(heartbeat: str, election: str) -> Times:
+    times = Times(_seconds(heartbeat, "--heartbeat"), _seconds(election, "--election"))
+    if times.election < 5 * times.heartbeat:
+        raise OperationError(
+            "bad-argument",
+            f"--election {election} is shorter than 5 heartbeats of {heartbeat}: a few late ones would "
+            "look like a dead coordinator",
+            "give --heartbeat 100ms --election 1s, for example",
+        )
+    return times
+
+
+def _seconds(text: str, option: str) -> float:
+    try:
+        seconds = units.parse_time(text)
+    except units.UnitError as error:
+        raise OperationError("bad-argument", f"{option}: {error}") from None
+    if not 0.001 <= seconds <= 60:
+        raise OperationError("bad-argument", f"{option} {text} is not between 1ms and 60s")
+    return seconds
 
 
 def _token(argument: str | None) -> str | None:

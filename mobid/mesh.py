@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import trio
+
 from mobid.catalog import Catalog
 from mobid.identity import Identity
 from mobid.links import Links
@@ -21,6 +23,12 @@ from proto import api, entries, tokens
 from proto.api import OperationError
 from proto.identity import IdentityError, peer_id, public_key
 from proto.state import State
+
+DOORS = 5
+"""Members that a token, or the answer to a newcomer, names."""
+
+RELEASE_TIMEOUT = 20.0
+RELEASE_PAUSE = 0.1
 
 
 class Mesh:
@@ -52,16 +60,16 @@ class Mesh:
 
     @operation("leader", role="viewer")
     async def leader(self, _request: Request, _args: api.Nothing) -> dict[str, Any]:
-        """Who coordinates."""
-        state = self._catalog.state
-        name = state.peer_name(state.coordinator)
-        reachable = state.coordinator and self._links.liveness(state.coordinator).state != "dead"
+        """Who coordinates; `missing` are the voters that do not answer, and for how many seconds."""
+        state, now = self._catalog.state, self._catalog.leadership
+        missing = self._catalog.missing()
         return {
-            "leader": name if reachable else None,
-            "term": 1,
-            "voters": [name],
+            "leader": state.peer_name(now.leader) if now.leader else None,
+            "term": now.term,
+            "voters": sorted(state.peer_name(peer) for peer in self._catalog.voters),
             "commit_index": state.index,
-            "since": state.coordinator_since,
+            "since": now.since,
+            "missing": {state.peer_name(peer): round(silence, 1) for peer, silence in missing.items()},
         }
 
     @operation("peer.ls", role="viewer")
@@ -98,7 +106,7 @@ class Mesh:
             "address": member.address,
             "state": sight.state if member.status == "member" else "left",
             "rtt_ms": None if sight.rtt is None else round(sight.rtt * 1000, 3),
-            "voter": member.id == state.coordinator,
+            "voter": member.id in self._catalog.voters,
             "guests": len(state.guests_of(member.id)),
             "memory_free": last.get("memory_free"),
             "cpu_features": list(member.facts.cpu_features),
@@ -137,9 +145,7 @@ class Mesh:
         return self._new_token(id, secret, args, made.expires)
 
     def _new_token(self, id: str, secret: bytes, args: api.TokenNew, expires: float) -> dict[str, Any]:
-        state = self._catalog.state
-        doors = dict.fromkeys((self._identity.id, state.coordinator))
-        members = [state.members[peer] for peer in doors if peer in state.members]
+        state, members = self._catalog.state, self._doors()
         text = tokens.encode(
             tokens.Token(
                 id,
@@ -176,11 +182,21 @@ class Mesh:
         self._emit("token.revoked", token=id)
         return {"id": id, "state": "revoked"}
 
+    def _doors(self) -> list[entries.Member]:
+        """Members that a newcomer may turn to: this one, then voters, then others, those alive first."""
+        state, voters = self._catalog.state, self._catalog.voters
+
+        def order(member: entries.Member) -> tuple[bool, bool, bool, str]:
+            alive = self._links.liveness(member.id).state == "alive"
+            return member.id != self._identity.id, not alive, member.id not in voters, member.id
+
+        return sorted((m for m in state.members.values() if m.status == "member"), key=order)[:DOORS]
+
     # Coming in.
 
     @operation("mesh.join", role="anonymous", args=api.MeshJoin, route="coordinator")
     async def join(self, _request: Request, args: api.MeshJoin) -> dict[str, Any]:
-        """Let a newcomer with a token in; tells it where the coordinator is."""
+        """Let a newcomer with a token in; tells it some of the members, from whom it gets the catalog."""
         state = self._catalog.state
         token = self._checked_token(args.token, args.secret)
         known = state.members.get(_id_of(args.certificate))
@@ -204,11 +220,10 @@ class Mesh:
             await self._catalog.propose(entries.AddPeer(member=member))
             self._emit("peer.admitted", name=member.name, token=token.id)
         state = self._catalog.state
-        known_to = (state.coordinator, _id_of(args.certificate))
+        newcomer = state.members[_id_of(args.certificate)]
         return {
             "mesh": state.mesh,
-            "coordinator": state.coordinator,
-            "members": [state.members[peer].model_dump(mode="python") for peer in known_to],
+            "members": [member.model_dump(mode="python") for member in (newcomer, *self._doors())],
         }
 
     @operation("mesh.login", role="anonymous", args=api.MeshLogin, route="coordinator")
@@ -259,6 +274,7 @@ class Mesh:
         """A member's key opens nothing any more; its guests are lost."""
         if self._catalog.applied(step(request)) is None:
             member = self._catalog.state.find_peer(args.peer)
+            await self.release(member)
             entry = entries.RemovePeer(peer=member.id, force=True)
             await self._catalog.propose(entry, request=step(request))
             self._emit("peer.removed", name=member.name)
@@ -267,6 +283,30 @@ class Mesh:
             if args.peer in (member.name, member.id):
                 return self._shown(member)
         raise OperationError("not-found", f"there is no peer {args.peer!r} any more")
+
+    async def release(self, member: entries.Member) -> None:
+        """See to it that the mesh can decide without this peer; raises `OperationError(conflict)`.
+
+        A peer that is being drained gives its vote to another one, if there is one to take it.
+        """
+        if self._catalog.dispensable(member.id):
+            return
+        drained = member.draining
+        if not drained:
+            await self._catalog.propose(entries.DrainPeer(peer=member.id, draining=True))
+        for _ in range(int(RELEASE_TIMEOUT / RELEASE_PAUSE)):
+            if self._catalog.dispensable(member.id):
+                return
+            await trio.sleep(RELEASE_PAUSE)
+        if not drained:
+            await self._catalog.propose(entries.DrainPeer(peer=member.id, draining=False))
+        names = ", ".join(self._catalog.state.peer_name(peer) for peer in self._catalog.missing())
+        raise OperationError(
+            "conflict",
+            f"without {member.name} too few of the mesh's voters would answer"
+            + (f"; missing: {names}" if names else ""),
+            "start the missing peers, or evict them first",
+        )
 
 
 def _doors(state: State) -> list[dict[str, Any]]:

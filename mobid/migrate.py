@@ -309,7 +309,16 @@ class Migrations:
                 assert self._nursery is not None
                 self._nursery.start_soon(self._adopt_when_known, id)
             else:
-                await self._around.guests.unhold(held[id])
+                assert self._nursery is not None
+                self._nursery.start_soon(self._unhold_if_unknown, id, held[id])
+
+    async def _unhold_if_unknown(self, id: str, local: LocalGuest) -> None:
+        """Give a guest back that was held for a handover which never became true."""
+        state = await self._catalog.wait(lambda _state: self._catalog.fresh)
+        if id in state.migrations:
+            await self._adopt(state.migrations[id])
+        else:
+            await self._around.guests.unhold(local)
 
     async def _adopt_when_known(self, id: str) -> None:
         state = await self._catalog.wait(lambda state: id in state.migrations)
@@ -336,13 +345,16 @@ class Migrations:
     async def _follow(self) -> None:
         """Take up handovers of ours that became true after their proposal was given up."""
         async for _, proposal, state in self._catalog.changes():
-            entry = proposal.entry
-            if not isinstance(entry, entries.Handover) or entry.source != self._me:
+            if proposal is None:  # some were missed
+                ids = {m.id for m in state.migrations.values() if m.source == self._me}
+            elif isinstance(proposal.entry, entries.Handover) and proposal.entry.source == self._me:
+                ids = {proposal.entry.migration}
+            else:
                 continue
-            migration = state.migrations.get(entry.migration)
             await trio.sleep(SETTLE_TIMEOUT)
-            if migration is not None and migration.state == "open" and migration.id not in self._shells:
-                await self._adopt(migration)
+            for migration in [m for m in self._catalog.state.migrations.values() if m.id in ids]:
+                if migration.state == "open" and migration.id not in self._shells:
+                    await self._adopt(migration)
 
     # At the coordinator.
 
@@ -357,7 +369,7 @@ class Migrations:
                     self._nursery.start_soon(self._watch, migration)
 
     def _has_unwatched(self, state: State) -> bool:
-        return state.coordinator == self._me and any(
+        return self._catalog.leads and any(
             m.state == "open" and m.id not in self._watched for m in state.migrations.values()
         )
 
@@ -388,7 +400,7 @@ class _Watch:
         self._machine = Coordinator(migration, failover=False)
 
     async def run(self) -> None:
-        """Until the log closes the migration."""
+        """Until the log closes the migration, or another peer coordinates."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._remind)
             await self._around.catalog.wait(self._closed)
@@ -396,7 +408,7 @@ class _Watch:
 
     def _closed(self, state: State) -> bool:
         migration = state.migrations.get(self._migration.id)
-        return migration is None or migration.state != "open"
+        return migration is None or migration.state != "open" or not self._around.catalog.leads
 
     async def _remind(self) -> None:
         effects = self._machine.handle(ev.Begin(), time.time())

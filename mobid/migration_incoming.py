@@ -25,6 +25,7 @@ from proto.handover import Destination
 CONNECT_TIMEOUT = 30.0
 GO_TIMEOUT = 10.0
 SYNC_TIMEOUT = 60.0
+LEADER_PATIENCE = 10.0
 
 log = structlog.get_logger()
 
@@ -183,8 +184,8 @@ class Incoming(Shell):
         """Only the coordinator is told something: that the copy is lost. The source asks for the rest."""
         if not isinstance(message, ev.CopyLost):
             return
-        coordinator = peer or self.around.catalog.state.coordinator
         with suppress(OperationError):
+            coordinator = peer or await self.around.catalog.wait_leader(LEADER_PATIENCE)
             await self.around.links.call(coordinator, "migration.lost", {"migration": self.migration.id})
 
     # Not running.

@@ -18,7 +18,7 @@ import hashlib
 import math
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -32,6 +32,11 @@ from proto.wire import MAX_HOPS
 Route = Literal["here", "guest", "coordinator", "peer"]
 
 DEFAULT_TIMEOUT = 60.0
+
+LEADER_PATIENCE = 10.0
+"""Seconds that a request waits for a coordinator to be elected."""
+
+RETRY_PAUSE = 0.2
 
 
 @dataclass(frozen=True)
@@ -152,8 +157,16 @@ class Forwarder(Protocol):
 class Operations:
     """The registry of one peer."""
 
-    def __init__(self, own: str, state: Callable[[], State], links: Forwarder) -> None:
+    def __init__(
+        self,
+        own: str,
+        state: Callable[[], State],
+        links: Forwarder,
+        leader: Callable[[float], Awaitable[str]],
+    ) -> None:
+        """`leader(timeout)` gives the coordinator's id, or raises `OperationError(no-leader)`."""
         self._own = own
+        self._leader = leader
         self._state = state
         self._links = links
         self._handlers: dict[str, tuple[Operation, Callable[..., Awaitable[Any]]]] = {}
@@ -174,20 +187,21 @@ class Operations:
         made, handler = self._handlers[request.op]
         _check_role(made, request.caller)
         model = parse(made.args, args, made.name)
-        target, model = self._resolve(made, model)
         with trio.move_on_after(math.inf if made.timeout is None else made.timeout):
-            if target == self._own:
-                return await handler(request, model)
-            if request.hops >= MAX_HOPS:
-                raise OperationError(
-                    "conflict",
-                    f"{made.name} was passed on {MAX_HOPS} times without finding its place",
-                    "try again",
-                )
-            return await self._forward(request, target, model)
+            while True:
+                target, model = await self._resolve(made, model)
+                if target == self._own:
+                    return await handler(request, model)
+                try:
+                    return await self._forward(request, target, model)
+                except _NotSentError as error:
+                    if made.route != "coordinator":
+                        raise error.reason from None
+                # Perhaps another peer coordinates by now.
+                await trio.sleep(RETRY_PAUSE)
         raise OperationError("timeout", f"{made.name} did not end within {made.timeout:g} s")
 
-    def _resolve(self, made: Operation, args: Arguments) -> tuple[str, Arguments]:
+    async def _resolve(self, made: Operation, args: Arguments) -> tuple[str, Arguments]:
         """The peer that carries it out, and the arguments with names made exact."""
         state = self._state()
         match made.route:
@@ -198,16 +212,24 @@ class Operations:
                 member = state.find_peer(getattr(args, "peer"))  # noqa: B009 - by the route's contract
                 return member.id, args.model_copy(update={"peer": member.id})
             case "coordinator":
-                if not state.coordinator:
-                    raise OperationError(
-                        "no-leader", "this peer does not know its mesh's coordinator yet", "try again"
-                    )
-                return state.coordinator, args
+                return await self._leader(LEADER_PATIENCE), args
         return self._own, args
 
     async def _forward(self, request: Request, target: str, args: Arguments) -> Any:
+        """Pass a request on; raises `_NotSentError` if it certainly did not arrive."""
         hops = request.hops + 1
-        async with self._links.stream(target, request.op, args, hops=hops, key=request.key) as stream:
+        if hops > MAX_HOPS:
+            raise OperationError(
+                "conflict",
+                f"{request.op} was passed on {MAX_HOPS} times without finding its place",
+                "try again",
+            )
+        async with AsyncExitStack() as stack:
+            opening = self._links.stream(target, request.op, args, hops=hops, key=request.key)
+            try:
+                stream = await stack.enter_async_context(opening)
+            except OperationError as error:
+                raise _NotSentError(error) from None
 
             async def pass_inputs() -> None:
                 # When the connection is lost, the loop below says so.
@@ -223,6 +245,14 @@ class Operations:
             except trio.Cancelled:
                 stream.abandoned = not taken_back(request)
                 raise
+
+
+class _NotSentError(Exception):
+    """A request did not leave this peer."""
+
+    def __init__(self, reason: OperationError) -> None:
+        super().__init__(reason.message)
+        self.reason = reason
 
 
 def _check_role(made: Operation, caller: Caller) -> None:

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +44,34 @@ from mobid.lab_apply import LabChanges
 from mobid.lab_move import LabMoves
 from mobid.labs import Labs
 from mobid.links import Links
+from mobid.mail import Mail
 from mobid.mesh import Mesh
 from mobid.migrate import Migrations
 from mobid.migration_notes import Notes
 from mobid.migration_shell import Surroundings
 from mobid.network_ops import NetworkOperations
 from mobid.networks import Networks
-from mobid.operations import Operations, Request, operation
+from mobid.operations import Operations, Request, operation, step
+from mobid.recovery import Known, open_store, present, read_known, write_known
 from mobid.rpc import ServedRequest
 from mobid.server import Server, open_tcp, open_unix
 from mobid.stamps import HybridClock
+from mobid.store import Store
 from mobid.users import Users
 from proto import api, entries, tokens, versions
 from proto.api import OperationError
+from proto.peer_events import Settings
+from proto.raft import events as raft
 from proto.state import State
 from proto.swim.packets import Reach
 
-BOOTSTRAP = "mesh.json"
+KNOWN = "mesh.json"
+CATALOG = "catalog"
+LEAVE_TIMEOUT = 30.0
 ADVERTISE_TIMEOUT = 15.0
 SHUTDOWN_TIMEOUT = 60.0
 FAREWELL = 0.3
+KNOWN_PAUSE = 5.0
 
 log = structlog.get_logger()
 
@@ -78,21 +89,32 @@ class Outcome(Enum):
 class Peer:
     """All parts of one running peer. Made by `load`; then `open`, `run`, `close`."""
 
-    def __init__(
-        self, config: Config, identity: Identity, catalog_path: Path, bootstrap: State | None
-    ) -> None:
+    def __init__(self, config: Config, identity: Identity, store: Store, known: Known | None) -> None:
         self.config = config
         self.identity = identity
         self.started = time.time()
         self.outcome = Outcome.STOPPED
-        self.gossip = Gossip(identity.id, lambda: self.catalog.state, self._turned)
-        self.links = Links(identity, lambda: self.catalog.state, self._carry_out, self.gossip)
         self.stamps = HybridClock()
-        self.catalog = Catalog(catalog_path, identity.id, self.links, bootstrap, stamps=self.stamps)
-        self.operations = Operations(identity.id, lambda: self.catalog.state, self.links)
+        self.catalog = Catalog(
+            store,
+            identity.id,
+            self._post,
+            _settings(config),
+            bootstrap=known.state if known else None,
+            stamps=self.stamps,
+        )
+        self.mail = Mail(identity, self.catalog.member, self.catalog.receive)
+        self.gossip = Gossip(identity.id, lambda: self.catalog.state, self._turned, self.catalog.sight)
+        self.links = Links(identity, lambda: self.catalog.state, self._carry_out, self.gossip)
+        self.operations = Operations(
+            identity.id, lambda: self.catalog.state, self.links, self.catalog.wait_leader
+        )
         name = config.name or socket.gethostname()
         self.events = Events(config.path("events.ndjson"), identity.id, name, self.stamps)
         self.mesh = Mesh(identity, self.catalog, self.links, facts=self._facts_now, emit=self.events.emit)
+        self._known = known
+        self._composed = trio.Event()
+        self._joined_another = False
         self._scope = trio.CancelScope()
         self._tcp: trio.SocketListener | None = None
         self.address = self.gossip_address = ""
@@ -100,8 +122,10 @@ class Peer:
         self._closing: list[Callable[[], Awaitable[None]]] = []
         history = EventService(self.events, self.stamps, self.links, self._members)
         users = Users(self.catalog, self.events.emit)
-        for part in (self, self.catalog, self.mesh, users, history):
+        for part in (self, self.mesh, users, history):
             self.operations.add(part)
+        if not self.catalog.empty:
+            self.catalog.begin()
 
     @property
     def id(self) -> str:
@@ -113,8 +137,12 @@ class Peer:
         member = self.catalog.state.members.get(self.id)
         return member.name if member else self.events.peer
 
-    def _carry_out(self, request: ServedRequest, args: dict[str, Any]) -> Awaitable[Any]:
-        return self.operations.run(request, args)
+    async def _carry_out(self, request: ServedRequest, args: dict[str, Any]) -> Any:
+        await self._composed.wait()
+        return await self.operations.run(request, args)
+
+    def _post(self, peer: str, data: bytes) -> None:
+        self.mail.send(peer, data)
 
     def _members(self) -> dict[str, str]:
         members = self.catalog.state.members.values()
@@ -153,7 +181,7 @@ class Peer:
         gossip_port = self.gossip.open(config.listen[0], port, own.gossip if own else "")
         self.gossip_address = f"{self.address.rpartition(':')[0]}:{gossip_port}"
         self.events.peer = own.name if own else config.name or _host_name()
-        if not state.mesh:
+        if self.catalog.empty:
             await self._first_catalog()
 
     async def _first_catalog(self) -> None:
@@ -171,19 +199,24 @@ class Peer:
             gossip=self.gossip_address,
         )
         self.catalog.found(joining.new_mesh_id(), member)
+        self.catalog.begin()
         self.events.emit("mesh.founded", mesh=self.catalog.state.mesh)
 
     async def _join(self, token: str) -> None:
         """Be let in, and keep what is needed to fetch the catalog; the peer must then be made anew."""
         answer = await joining.join(self.identity, token, self.events.peer, self.config.site, self.address)
-        joining.write_bootstrap(self.config.path(BOOTSTRAP), answer)
+        write_known(self.config.path(KNOWN), joining.known_after(answer))
+        self._joined_another = True
         self.events.emit("mesh.joined", mesh=answer["mesh"])
         self.outcome = Outcome.REPLACED
 
     # Running.
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> Outcome:
-        """Everything, until told to stop. `ready` is called once both sockets answer."""
+        """Everything, until told to stop.
+
+        `ready` is called once both sockets answer and the catalog is up to date, or cannot be.
+        """
         if self.outcome is Outcome.REPLACED:
             return self.outcome
         assert self._tcp is not None
@@ -194,15 +227,21 @@ class Peer:
             self.catalog.changed,
             self._carry_out,
             self.links.incoming_bulk,
+            mail=self.mail,
         )
         with self._scope:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.links.run)
+                await nursery.start(self.mail.run)
                 await nursery.start(self.catalog.run)
-                await self._compose(nursery)
                 nursery.start_soon(server.serve, self._tcp, unix)
+                await self._compose(nursery)
                 nursery.start_soon(self._keep_membership)
+                nursery.start_soon(self._keep_known)
+                nursery.start_soon(self._report_leaders)
                 self.events.emit("peer.started", version=version())
+                await self._settle()
+                self._composed.set()
                 ready()
         self.config.socket.unlink(missing_ok=True)
         return self.outcome
@@ -277,6 +316,11 @@ class Peer:
         nursery.start_soon(drains.run)
         nursery.start_soon(self.gossip.run, self.catalog, self.guests.memory_free)
 
+    async def _settle(self) -> None:
+        """Wait a moment until peer and mesh know of one another, so that the first answers are not old."""
+        with trio.move_on_after(3 * self.config.times.election):
+            await self.guests.settled()
+
     async def _reconnect(self, guest: str) -> None:
         await self.guests.local(guest).reconnect()
 
@@ -303,13 +347,39 @@ class Peer:
                 peer=self.id, address=self.address, site=site, facts=facts, gossip=self.gossip_address
             )
             await self._tell(update)
-        self.config.path(BOOTSTRAP).unlink(missing_ok=True)
         await self.catalog.wait(lambda state: state.members[self.id].status == "left")
         if self.outcome is not Outcome.LEFT:
             self.outcome = Outcome.EVICTED
             self.events.emit("peer.evicted")
         await self._end_guests()
         self._end_soon()
+
+    async def _keep_known(self) -> None:
+        """Keep who the members are, for a start at which the catalog does not say it."""
+        known = self._known
+        while True:
+            state = self.catalog.state
+            members = present(state.members.values())
+            if state.index and (known is None or known.members != members) and not self._joined_another:
+                known = Known(state.mesh, members)
+                try:
+                    await trio.to_thread.run_sync(write_known, self.config.path(KNOWN), known)
+                except OperationError as error:
+                    log.warning("members.not.kept", reason=error.message)
+                    known = None
+                    await trio.sleep(KNOWN_PAUSE)
+                    continue
+            await self.catalog.changed.wait_until(partial(_members_differ, self.catalog, state))
+
+    async def _report_leaders(self) -> None:
+        """Tell people when another peer coordinates; each one speaks for itself."""
+        term = 0
+        while True:
+            await self.catalog.changed.wait_until(
+                lambda: self.catalog.leads and self.catalog.leadership.term != term  # noqa: B023
+            )
+            term = self.catalog.leadership.term
+            self.events.emit("leader.elected", name=self.name, term=term)
 
     async def _tell(self, entry: entries.Entry) -> None:
         while True:
@@ -337,7 +407,16 @@ class Peer:
             await self._tcp.aclose()
         self.gossip.close()
         self.catalog.close()
+        if self._joined_another:
+            self._put_catalog_away()
         self.events.close()
+
+    def _put_catalog_away(self) -> None:
+        """The catalog of the mesh that this peer was alone in."""
+        old = self.config.path(CATALOG)
+        aside = old.with_name(f"{CATALOG}.before-join")
+        shutil.rmtree(aside, ignore_errors=True)
+        old.rename(aside)
 
     async def _end_guests(self) -> None:
         with trio.move_on_after(SHUTDOWN_TIMEOUT):
@@ -361,7 +440,7 @@ class Peer:
             "version": version(),
             "uptime": time.time() - self.started,
             "guests": len(state.guests_of(self.id)),
-            "leader": state.peer_name(state.coordinator),
+            "leader": state.peer_name(self.catalog.leader) or None,
             "peers": len(self._members()),
             "commit_index": state.index,
             "gossip": self.gossip.figures(),
@@ -376,12 +455,28 @@ class Peer:
         self._end_soon()
         return {"name": self.name}
 
-    @operation("peer.leave", role="admin")
-    async def leave(self, _request: Request, _args: api.Nothing) -> dict[str, Any]:
-        """Leave the mesh, without guests; the peer then ends."""
+    @operation("peer.leave", role="admin", timeout=2 * LEAVE_TIMEOUT)
+    async def leave(self, request: Request, _args: api.Nothing) -> dict[str, Any]:
+        """Leave the mesh, without guests; the peer then ends. The others must be able to go on alone."""
+        state = await self.catalog.read()
+        if len(self._members()) < 2:
+            raise OperationError(
+                "conflict",
+                f"{self.name} is the only peer of its mesh and cannot leave it",
+                "mobictl down ends it",
+            )
+        if guests := state.guests_of(self.id):
+            names = ", ".join(guest.key for guest in guests[:5])
+            raise OperationError(
+                "conflict",
+                f"{self.name} still has guests: {names}",
+                f"move them: mobictl peer drain {self.name}",
+            )
+        await self.mesh.release(state.members[self.id])
+        await self.catalog.hand_over(LEAVE_TIMEOUT)
         self.outcome = Outcome.LEFT
         try:
-            await self.catalog.propose(entries.RemovePeer(peer=self.id))
+            await self.catalog.propose(entries.RemovePeer(peer=self.id), request=step(request))
         except OperationError:
             self.outcome = Outcome.STOPPED
             raise
@@ -401,16 +496,28 @@ class Peer:
                 "join with a peer that is alone: mobid run --dir NEW --join TOKEN",
             )
         await self._join(args.token)
-        old = self.config.path("catalog.log")
-        old.rename(old.with_name("catalog.log.before-join"))
         self._end_soon()
         return {"name": self.name, "mesh": token.mesh}
 
 
 def load(config: Config, identity: Identity) -> Peer:
     """The peer of a prepared directory, its catalog read; raises `OperationError`."""
-    path = config.path("catalog.log")
-    return Peer(config, identity, path, joining.read_bootstrap(config.path(BOOTSTRAP)))
+    known = read_known(config.path(KNOWN))
+    store = open_store(config.path(CATALOG), known, identity.id)
+    if known is not None and known.fresh:
+        write_known(config.path(KNOWN), replace(known, fresh=False))
+    if store.torn:
+        log.warning("catalog.torn", bytes=store.torn)
+    return Peer(config, identity, store, known)
+
+
+def _settings(config: Config) -> Settings:
+    times = config.times
+    return Settings(raft=raft.Settings(heartbeat=times.heartbeat, election=times.election))
+
+
+def _members_differ(catalog: Catalog, before: State) -> bool:
+    return catalog.state.members is not before.members
 
 
 def version() -> str:

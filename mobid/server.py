@@ -26,7 +26,7 @@ import trio
 from mobid import rpc, tls
 from mobid.bulk import Bulk
 from mobid.identity import Identity
-from mobid.mail import PROTOCOL, Mail
+from mobid.mail import FAREWELL, PROTOCOL, Mail
 from mobid.operations import Caller
 from mobid.signal import Changed
 from proto.api import OperationError, Role
@@ -123,7 +123,7 @@ class Server:
         self._bulk = bulk
         self._mail = mail
         self._context: tuple[tuple[bytes, ...], ssl.SSLContext] | None = None
-        self._open: dict[trio.CancelScope, tuple[bytes, Caller]] = {}
+        self._open: dict[trio.CancelScope, tuple[bytes, Caller, float]] = {}
         self._connections = 0
         self._strangers = 0
 
@@ -202,9 +202,10 @@ class Server:
             if certificate is None:
                 await self._serve_stranger(stream, caller)
                 return
-            self._open[scope] = (certificate, caller)
+            is_mail = stream.selected_alpn_protocol() == PROTOCOL
+            self._open[scope] = (certificate, caller, FAREWELL if is_mail else EVICTION_GRACE)
             try:
-                if self._mail is not None and stream.selected_alpn_protocol() == PROTOCOL:
+                if self._mail is not None and is_mail:
                     await self._take_mail(self._mail, stream, caller)
                 else:
                     await self._serve(stream, caller)
@@ -246,6 +247,6 @@ class Server:
         while True:
             await self._changed.wait()
             state = self._state()
-            for scope, (certificate, caller) in self._open.items():
+            for scope, (certificate, caller, grace) in self._open.items():
                 if identify(state, certificate) != caller:
-                    scope.deadline = min(scope.deadline, trio.current_time() + EVICTION_GRACE)
+                    scope.deadline = min(scope.deadline, trio.current_time() + grace)

@@ -5,6 +5,7 @@
     catalog/snapshot    the state at one record, sealed; it covers everything up to the log's base
     catalog/ballot      the newest term seen and the vote given in it, sealed
     catalog/commit      an index known to be committed; a hint, so it is written without fsync
+    catalog/boot        a number that grows with each start
     catalog/recovering  there while acknowledged records are missing here
     catalog/reserve     room for a ballot on a full disk: a voter that cannot vote would hold up the others
 
@@ -33,6 +34,7 @@ from proto.raft.events import Ballot, Durable, Snapshot, Stored
 BALLOT_MAGIC = b"MOBITOPO VOTE2\n\0"
 SNAPSHOT_MAGIC = b"MOBITOPO SNAP2\n\0"
 COMMIT_MAGIC = b"MOBITOPO DONE2\n\0"
+BOOT_MAGIC = b"MOBITOPO BOOT2\n\0"
 
 RESERVE = 16 << 10
 """Bytes kept for a ballot when the disk is full."""
@@ -59,6 +61,7 @@ class Store:
         self._reserve()
         try:
             self._drop_what_the_snapshot_replaced()
+            self._commit_fd = _open_commit(directory / "commit")
         except BaseException:
             self._log.close()
             raise
@@ -94,6 +97,11 @@ class Store:
                 f"but the log begins after record {self._log.base_index}",
                 "restore the whole directory from one copy, or let this peer join anew from an empty one",
             )
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever kept here."""
+        return self._log.last_index == 0 and self._ballot == Ballot()
 
     @property
     def stored(self) -> Stored:
@@ -198,11 +206,28 @@ class Store:
         self._write_ballot(ballot)
 
     def note_commit(self, index: int) -> None:
-        """Keep that everything up to `index` is committed; forgotten by a crash at worst."""
+        """Keep that everything up to `index` is committed; forgotten by a power cut at worst."""
         with suppress(OSError):
-            (self.directory / "commit").write_bytes(log.seal(COMMIT_MAGIC, index.to_bytes(8, "little")))
+            os.pwrite(self._commit_fd, log.seal(COMMIT_MAGIC, index.to_bytes(8, "little")), 0)
+
+    def next_boot(self, least: int) -> int:
+        """A number larger than those of all earlier calls, and not less than `least`; durable.
+
+        The wall clock alone would not do: it may have been put back.
+        """
+        path = self.directory / "boot"
+        last = (
+            int.from_bytes(log.unseal(BOOT_MAGIC, _bytes(path), str(path)), "little") if path.exists() else 0
+        )
+        boot = max(least, last + 1)
+        try:
+            replace_file(path, [log.seal(BOOT_MAGIC, boot.to_bytes(8, "little"))], 0o600)
+        except OSError as error:
+            raise unwritable(path, error) from None
+        return boot
 
     def close(self) -> None:
+        os.close(self._commit_fd)
         self._log.close()
 
 
@@ -238,6 +263,13 @@ def _read_snapshot(path: Path) -> Snapshot:
         case [int(index), int(term), bytes(settled), bytes(data)]:
             return Snapshot(index, term, configuration.decode(settled), data)
     raise _malformed(path)
+
+
+def _open_commit(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise unwritable(path, error) from None
 
 
 def _read_commit(path: Path) -> int:

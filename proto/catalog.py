@@ -256,11 +256,11 @@ def _drain_peer(state: State, entry: e.DrainPeer, _client: str) -> State:
 
 def _remove_peer(state: State, entry: e.RemovePeer, _client: str) -> State:
     member = _member(state, entry.peer)
-    if member.id == state.coordinator:
+    if all(other.status == "left" or other.id == member.id for other in state.members.values()):
         raise Refused(
             "conflict",
-            f"{member.name} keeps the catalog and cannot leave the mesh",
-            "end the whole mesh with mobictl down instead",
+            f"{member.name} is the only peer of its mesh and cannot leave it",
+            "mobictl down ends it",
         )
     guests = state.guests_of(member.id)
     if guests and not entry.force:

@@ -48,7 +48,7 @@ class Node:
         self.state = State()
         self.changed = Changed()
         self.links = Links(self.identity, lambda: self.state, self.carry_out, Unseen())
-        self.operations = Operations(self.identity.id, lambda: self.state, self.links)
+        self.operations = Operations(self.identity.id, lambda: self.state, self.links, self.leader)
         self.operations.add(self)
         self.tcp = open_tcp(("127.0.0.1", 0))
         self.unix = open_unix(directory / "s")
@@ -58,6 +58,9 @@ class Node:
 
     async def carry_out(self, request: ServedRequest, args: dict[str, Any]) -> Any:
         return await self.operations.run(request, args)
+
+    async def leader(self, _timeout: float) -> str:
+        raise OperationError("no-leader", "there is none here")
 
     @property
     def member(self) -> entries.Member:

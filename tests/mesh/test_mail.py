@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import trio
 
-from mobid import mail, tls
+from mobid import mail, server, tls
 from mobid.bulk import Bulk
 from mobid.identity import load_or_create
 from mobid.links import connect_tls
@@ -163,7 +163,10 @@ async def test_an_idle_connection_is_closed_and_made_again(
             await virginia.unconnected()
 
 
-async def test_a_removed_member_s_mail_is_not_taken(socket_dir: Path) -> None:
+async def test_a_removed_member_s_mail_is_taken_only_for_a_moment(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "FAREWELL", 0.1)
     async with nodes(socket_dir) as (tokyo, virginia):
         tokyo.mail.send(virginia.id, b"x")
         await virginia.gets(1)

@@ -106,12 +106,13 @@ def test_names_and_keys_are_taken_once(mesh: State) -> None:
 def test_a_peer_with_guests_leaves_only_by_force(mesh: State) -> None:
     mesh = run(mesh, e.AddGuest(guest=guest("lab/other", B.id)))
     assert refused(mesh, e.RemovePeer(peer=B.id), "still has guests: lab/other").hint
-    refused(mesh, e.RemovePeer(peer=A.id, force=True), "keeps the catalog")
     mesh = run(mesh, e.RemovePeer(peer=B.id, force=True))
     assert mesh.members[B.id].status == "left"
     assert mesh.guests["lab/other"].state == "lost"
     with pytest.raises(OperationError, match="there is no peer 'virginia'"):
         mesh.find_peer("virginia")
+    alone = run(mesh, e.RemovePeer(peer=A.id, force=True))
+    refused(alone, e.RemovePeer(peer=C.id, force=True), "is the only peer of its mesh")
 
 
 # Looking up.

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a peer knew of its mesh, and what it does when its catalog is damaged or gone.
+
+`mesh.json` has the members, as of the last time this peer heard of a change. It is written when a peer joins,
+so that a crash before the catalog has come costs nothing; and it is kept up to date, because a replica that
+is started does not know yet what of its log is committed, and one whose catalog is damaged knows nothing.
+
+A replica that lost what it had acknowledged must not vote as if nothing had happened: it could help to elect
+a coordinator that lacks an acknowledged entry. It moves what is left aside, begins with an empty store marked
+as recovering, and gets everything from the others. A peer without others refuses to start: whatever can be
+saved must be saved by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from mobid.config import sync_directory, unwritable, write_durably
+from mobid.store import Store, surviving_ballot
+from proto import entries
+from proto.api import OperationError
+from proto.log import DamagedError
+from proto.state import State
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Known:
+    """What `mesh.json` says. `fresh`: this peer has joined, and had no catalog of the mesh yet."""
+
+    mesh: str
+    members: tuple[entries.Member, ...]
+    fresh: bool = False
+
+    @property
+    def state(self) -> State:
+        """As a state to begin with."""
+        return State(mesh=self.mesh, members={member.id: member for member in self.members})
+
+
+def read_known(path: Path) -> Known | None:
+    """What was kept; None if nothing was. Raises `OperationError` for a damaged file."""
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text())
+        members = tuple(
+            entries.Member(**{**member, "certificate": bytes.fromhex(member["certificate"])})
+            for member in value["members"]
+        )
+        return Known(value["mesh"], members, value.get("fresh", False))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise OperationError(
+            "failed",
+            f"{path} is damaged: {error}",
+            "restore it from a copy or another peer's directory; it lists the members of the mesh",
+        ) from None
+
+
+def write_known(path: Path, known: Known) -> None:
+    """Keep it, durably; raises `OperationError`."""
+    members = [
+        {**member.model_dump(mode="python"), "certificate": member.certificate.hex()}
+        for member in known.members
+    ]
+    value = {"mesh": known.mesh, "fresh": known.fresh, "members": members}
+    write_durably(path, json.dumps(value, indent=1).encode())
+
+
+def present(members: Iterable[entries.Member]) -> tuple[entries.Member, ...]:
+    """Those that have not left, in one order."""
+    return tuple(sorted((m for m in members if m.status == "member"), key=lambda member: member.id))
+
+
+def open_store(directory: Path, known: Known | None, own: str) -> Store:
+    """The store of this peer; an empty recovering one if its own is damaged and others have the catalog.
+
+    Raises `OperationError`, naming file and byte, if there is nobody else.
+    """
+    damage = DamagedError("failed", f"{directory} is damaged at byte 0: the directory is missing")
+    if known is None or known.fresh or directory.exists():
+        try:
+            return Store(directory)
+        except DamagedError as error:
+            damage = error
+    if known is None or not any(member.id != own for member in known.members):
+        raise OperationError(
+            "failed",
+            damage.message,
+            f"no other peer has this catalog: restore {directory} from a copy, or found a new mesh in an "
+            "empty --dir",
+        )
+    aside = directory.with_name(f"{directory.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+    log.error("catalog.damaged", reason=damage.message, aside=str(aside))
+    return _replace(directory, aside)
+
+
+def _replace(directory: Path, aside: Path) -> Store:
+    """An empty store that is marked before it is at its place."""
+    ballot = surviving_ballot(directory)
+    fresh = directory.with_name(f".{directory.name}.new")
+    try:
+        if directory.exists():
+            directory.rename(aside)
+        for left in fresh.iterdir() if fresh.exists() else ():
+            left.unlink()
+        made = Store(fresh)
+        made.mark_recovering(ballot)
+        made.close()
+        fresh.rename(directory)
+        sync_directory(directory.parent)
+    except OSError as error:
+        raise unwritable(directory, error) from None
+    return Store(directory)
