@@ -350,5 +350,5 @@ def test_a_replica_that_lost_its_log_costs_a_leader_its_quorum() -> None:
         beat a
         elapse 0.6
         beat a
-        a candidate
+        a leader=
     """)
