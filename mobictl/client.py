@@ -115,6 +115,8 @@ class Client:
         self._stream = stream
         self._decoder = wire.Decoder()
         self._requests: dict[int, Request] = {}
+        self.remarks: dict[str, None] = {}
+        """What the peer remarked on its results: that they may be old, and why."""
         self._next = 1
         self._lost: OperationError | None = None
         self._writing = trio.Lock()
@@ -167,6 +169,8 @@ class Client:
             case wire.Failure(0, error):
                 raise wire.WireError(error.message)
             case wire.Result(id) | wire.Failure(id):
+                if isinstance(message, wire.Result) and message.remark:
+                    self.remarks[message.remark] = None
                 request = self._requests.pop(id, None)
                 if request is not None:
                     request.finish(message)

@@ -36,11 +36,13 @@ Attempt = Callable[[client.Client], Awaitable[ResultT]]
 
 
 class Persistence:
-    """One command's way from peer to peer. `tell` shows a line about it to a person."""
+    """One command's way from peer to peer. `tell` shows a line about it to a person, `remark` one about the
+    answer to whoever asked."""
 
-    def __init__(self, doors: Doors, tell: Callable[[str], None]) -> None:
+    def __init__(self, doors: Doors, tell: Callable[[str], None], remark: Callable[[str], None]) -> None:
         self._doors = doors
         self._tell = tell
+        self._remark = remark
         self._known = Known.load(config_directory())
         self._connected = False
         self._trouble = 0.0
@@ -57,6 +59,8 @@ class Persistence:
                 async with client.connect(target, timeout=timeout, watched=True) as connection:
                     self._connected = True
                     result = await attempt(connection)
+                    for remark in connection.remarks:
+                        self._remark(remark)
                     await self._learn(connection)
                     return result
             except OperationError as error:

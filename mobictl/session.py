@@ -44,6 +44,7 @@ class Session:
     def __post_init__(self) -> None:
         self.out = Console(highlight=False, width=_width(1))
         self.err = Console(stderr=True, highlight=False)
+        self._remarked: set[str] = set()
 
     @property
     def root(self) -> Path:
@@ -78,7 +79,7 @@ class Session:
 
         It must carry the same key each time, and go on where it was.
         """
-        return client.run(Persistence(Doors(self.root, self.peer), self.note).run, attempt)  # type: ignore[no-any-return]
+        return client.run(Persistence(Doors(self.root, self.peer), self.note, self.remark).run, attempt)  # type: ignore[no-any-return]
 
     def run(self, work: Callable[[client.Client], Awaitable[Any]]) -> Any:
         """Run `work` under trio with a connection to the peer, once."""
@@ -112,6 +113,12 @@ class Session:
                     self.out.print(renderable, markup=False, soft_wrap=plain)
             sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
             sys.stdout.flush()
+
+    def remark(self, text: str) -> None:
+        """A line about the result, on standard error also with --json."""
+        if not self.quiet and text not in self._remarked:
+            self._remarked.add(text)
+            self.err.print(text, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A line about the work, for people."""

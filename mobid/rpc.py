@@ -98,6 +98,8 @@ class ServedRequest:
         self.caller = connection.caller
         self.hops = message.hops
         self.key = message.key
+        self.remark = ""
+        """What people should know of the result."""
         self.scope = trio.CancelScope()
         self.cancelled = False
         self._connection = connection
@@ -211,7 +213,8 @@ class ServerConnection:
         )
         try:
             with request.scope:
-                answer = wire.Result(request.id, await self._run(request, args))
+                result = await self._run(request, args)
+                answer = wire.Result(request.id, result, request.remark)
                 wire.encode(answer)
         except OperationError as error:
             answer = wire.Failure(request.id, error)

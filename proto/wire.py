@@ -77,10 +77,11 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Result:
-    """Server to client: the request ended well."""
+    """Server to client: the request ended well. `remark` is for people: that the answer may be old."""
 
     id: int
     result: Any
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,8 @@ def _to_map(message: Message) -> dict[str, Any]:
             return {"id": id, "input": value}
         case Cancel(id):
             return {"id": id, "cancel": True}
-        case Result(id, result):
-            return {"id": id, "result": result}
+        case Result(id, result, remark):
+            return {"id": id, "result": result, **({"remark": remark} if remark else {})}
         case Failure(id, error):
             return {"id": id, "error": error.as_dict()}
 
@@ -211,6 +212,8 @@ def _from_map(value: Any) -> Message:
             return Result(id, value["result"])
         if "error" in keys:
             return Failure(id, _error(value["error"]))
+    if keys == {"id", "result", "remark"} and isinstance(value["remark"], str):
+        return Result(id, value["result"], value["remark"])
     raise WireError("a message is neither request, item, input, cancel nor result")
 
 

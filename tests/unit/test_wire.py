@@ -26,7 +26,7 @@ messages = st.one_of(
     st.builds(wire.Item, ids, maps),
     st.builds(wire.Input, ids, maps),
     st.builds(wire.Cancel, ids),
-    st.builds(wire.Result, ids, values),
+    st.builds(wire.Result, ids, values, st.text(max_size=20)),
     st.builds(wire.Failure, ids, errors),
 )
 
