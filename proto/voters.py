@@ -70,8 +70,8 @@ class Electorate:
         return peer != self.own and look.state == "dead" and self.now - look.since >= self.dead_after
 
     def fit(self, peer: str) -> bool:
-        """Whether it may become a voter now."""
-        return self.present(peer) and self.able(peer) and not self.flaws(peer)
+        """Whether it can become a voter now."""
+        return self.present(peer) and self.able(peer)
 
     def flaws(self, peer: str) -> int:
         """0 for a good voter; the worse, the sooner it is replaced or dropped."""
@@ -122,24 +122,28 @@ def _can_commit(electorate: Electorate, voters: Collection[str]) -> bool:
 def choose(electorate: Electorate) -> set[str]:
     """The best set of voters that can be had now from the present one.
 
-    A voter that has lost records goes even if nobody replaces it: it counts again once it comes back as a
-    learner, and until then the others are as many as before.
+    One that drains is taken only if there are too few others. A voter that has lost records goes even if
+    nobody replaces it: it counts again once it comes back as a learner, and until then the others are as many
+    as before.
     """
     target = size(sum(electorate.present(peer) for peer in electorate.members))
     voters = electorate.configuration.voters
     chosen = {peer for peer in voters if electorate.present(peer) and peer not in electorate.recovering}
-    fresh = {peer for peer in electorate.members if electorate.fit(peer) and peer not in voters}
+    fit = {peer for peer in electorate.members if electorate.fit(peer) and peer not in voters}
+    fresh = {peer for peer in fit if not electorate.flaws(peer)}
     for peer in sorted(chosen, key=lambda peer: (-electorate.flaws(peer), peer)):
         if electorate.flaws(peer) and fresh:
             chosen.remove(peer)
             _add_best(electorate, chosen, fresh)
-    while len(chosen) < target and fresh:
-        _add_best(electorate, chosen, fresh)
+    draining = fit - fresh
+    for newcomers in (fresh, draining):
+        while len(chosen) < target and newcomers:
+            _add_best(electorate, chosen, newcomers)
     while len(chosen) > target:
         chosen.remove(_most_dispensable(electorate, chosen))
-    newcomers = chosen - voters
-    if len(chosen) % 2 == 0 and newcomers and len(chosen) > len(voters):
-        chosen.remove(_most_dispensable(electorate, newcomers))
+    added = chosen - voters
+    if len(chosen) % 2 == 0 and added and len(chosen) > len(voters):
+        chosen.remove(_most_dispensable(electorate, added))
     _swap_for_spread(electorate, chosen, fresh)
     return chosen
 

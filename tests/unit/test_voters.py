@@ -88,6 +88,12 @@ def test_a_voter_is_replaced_if_somebody_can_take_its_place() -> None:
     assert step(electorate("abcd", "abc", draining="cd")) is None
 
 
+def test_one_that_drains_votes_if_there_are_too_few_others() -> None:
+    assert step(electorate("abc", "ab", draining="c")) == change("abc")
+    assert step(electorate("abcd", "abc", draining="c", looks={"d": Look("dead", 0.0)})) is None
+    assert step(electorate("abcd", "abc", draining="c")) == change("abd")
+
+
 def test_a_voter_that_is_silent_for_a_moment_stays() -> None:
     looks = {"b": Look("alive", 0.0), "c": Look("dead", 95.0), "d": Look("alive", 0.0)}
     assert step(electorate("abcd", "abc", looks=looks)) is None
