@@ -48,7 +48,11 @@ class Broadcasts:
         if not self._sent:
             return ()
         taken: list[tuple[int, Claim]] = []
+        left = len(self._sent)
         for sent, queue in enumerate(self._queues):
+            if not left or room < CLAIM_MOST:
+                break
+            left -= len(queue)
             for claim in queue.values():
                 if room < CLAIM_MOST or len(taken) == MOST_CLAIMS - 1:
                     break

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import migration
+from tests.bench import membership, migration
 from tests.bench.report import Row, machine, show, write
 
-BENCHMARKS: dict[str, Callable[[], list[Row]]] = {"migration": migration.run}
+BENCHMARKS: dict[str, Callable[[], list[Row]]] = {"membership": membership.run, "migration": migration.run}
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
