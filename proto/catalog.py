@@ -143,8 +143,6 @@ def _found(state: State, entry: e.Found, _client: str) -> State:
     return replace(
         state,
         mesh=entry.mesh,
-        coordinator=member.id,
-        coordinator_since=state.time,
         members={member.id: member.model_copy(update={"joined": state.time, "lease": 0.0})},
     )
 

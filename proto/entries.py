@@ -240,7 +240,7 @@ class Entry(Thing):
 
 
 class Found(Entry):
-    """The first entry of a mesh: its id and its only member, who is the coordinator."""
+    """The first entry of a mesh: its id and its only member."""
 
     kind: Literal["found"] = "found"
     mesh: str

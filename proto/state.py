@@ -66,8 +66,6 @@ class State:
     index: int = 0
     time: float = 0.0
     mesh: str = ""
-    coordinator: str = ""
-    coordinator_since: float = 0.0
     members: Mapping[str, Member] = field(default_factory=dict)
     users: Mapping[str, User] = field(default_factory=dict)
     tokens: Mapping[str, Token] = field(default_factory=dict)

@@ -97,9 +97,7 @@ async def nodes(base: Path, owner: int = 1) -> AsyncGenerator[tuple[Node, Node],
     members = {node.identity.id: node.member for node in pair}
     guest = GUEST.model_copy(update={"owner": pair[owner].identity.id})
     for node in pair:
-        node.state = State(
-            mesh="m", coordinator=pair[0].identity.id, members=members, guests={"lab/vm": guest}
-        )
+        node.state = State(mesh="m", members=members, guests={"lab/vm": guest})
     with trio.fail_after(30):
         async with background(pair[0].run, pair[1].run):
             yield pair

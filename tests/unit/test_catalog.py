@@ -58,7 +58,7 @@ HANDOVER = e.Handover(
 def test_the_first_entry_founds_the_mesh() -> None:
     refused(State(), token(), "must found the mesh")
     state = run(State(), FOUND, time=7.0)
-    assert (state.mesh, state.coordinator, state.coordinator_since) == ("m" * 16, A.id, 7.0)
+    assert (state.mesh, state.time, list(state.members)) == ("m" * 16, 7.0, [A.id])
     refused(state, FOUND, "belongs to mesh")
 
 

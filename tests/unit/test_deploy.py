@@ -49,7 +49,7 @@ def choices(suffix: str = "") -> Choices:
 @pytest.fixture
 def empty() -> State:
     member = entries.Member(id=PEER, name="tokyo", address="127.0.0.1:7400", certificate=b"")
-    return State(mesh="m", coordinator=PEER, members={PEER: member})
+    return State(mesh="m", members={PEER: member})
 
 
 def grown(state: State, *new: entries.AnyEntry) -> State:

@@ -41,7 +41,6 @@ def mesh(*guests: entries.Guest, place: dict[str, Any] | None = None, **sites: s
     lab = entries.Lab(name="lab", model={"name": "lab", "topology": {"nodes": nodes}})
     return State(
         mesh="m",
-        coordinator=A,
         members={id: member(id, site=sites.get(name, ""), draining=id == A) for id, name in NAMES.items()},
         labs={"lab": lab},
         guests={g.key: g for g in guests},

@@ -59,7 +59,7 @@ def choices(lab: Lab, mark: str = "") -> Choices:
 def deployed(model: Model) -> State:
     """A mesh of two peers in which this lab runs, all of it at tokyo."""
     members = {TOKYO: member(TOKYO, "tokyo", "japan"), VIRGINIA: member(VIRGINIA, "virginia")}
-    state = State(mesh="m", coordinator=TOKYO, members=members)
+    state = State(mesh="m", members=members)
     lab = parse_lab(model)
     state = grown(state, lab_entries(lab, "net.yaml", choices(lab), frozenset()))
     for guest in list(state.guests.values()):
