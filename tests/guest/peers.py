@@ -42,10 +42,13 @@ class PeerProcess:
         environment: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
         module: str = "mobid",
+        options: Sequence[str] = (),
     ) -> None:
         self.module = module
         self.prefix = list(prefix)
         """A command that runs the peer's, in another namespace for example."""
+        self.options = list(options)
+        """More arguments of `mobid run`."""
         self.directory = directory
         self.name = name
         self.process: subprocess.Popen[bytes] | None = None
@@ -79,7 +82,7 @@ class PeerProcess:
         log = self.directory.with_name(self.directory.name + ".log")
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*self.prefix, *command, "--listen", self._listen],
+                [*self.prefix, *command, "--listen", self._listen, *self.options],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
