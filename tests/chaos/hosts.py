@@ -43,6 +43,11 @@ class Hosts:
         """Start every peer that does not run."""
         self.cli("up", "--wan", str(self.wan_file), "--peers", str(len(self.names)))
 
+    def up_all(self) -> None:
+        """As `up`; it is no mistake if all run."""
+        if not all(self.running(name) for name in self.names):
+            self.up()
+
     def _peer(self, name: str) -> LocalPeer:
         return next(peer for peer in load_manifest(self.cli.dir).peers if peer.name == name)
 
@@ -53,8 +58,8 @@ class Hosts:
         """Whether the peer's process is there."""
         return bool(self._peer(name).running())
 
-    def ask(self, name: str, op: str, timeout: float = 20.0, **args: Any) -> Any:
-        """One operation, asked of this peer; raises `OperationError`."""
+    def ask(self, name: str, op: str, timeout: float = 20.0, key: str = "", **args: Any) -> Any:
+        """One operation, asked of this peer alone; raises `OperationError`."""
         return Mesh(self._peer(name).target).call(op, args, timeout=timeout)
 
     def leader(self, among: Iterable[str]) -> str:
