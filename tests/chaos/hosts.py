@@ -58,9 +58,9 @@ class Hosts:
         """Whether the peer's process is there."""
         return bool(self._peer(name).running())
 
-    def ask(self, name: str, op: str, timeout: float = 20.0, key: str = "", **args: Any) -> Any:
+    def ask(self, peer: str, op: str, /, timeout: float = 20.0, key: str = "", **args: Any) -> Any:
         """One operation, asked of this peer alone; raises `OperationError`."""
-        return Mesh(self._peer(name).target).call(op, args, timeout=timeout)
+        return Mesh(self._peer(peer).target).call(op, args, timeout=timeout)
 
     def leader(self, among: Iterable[str]) -> str:
         """Who leads, in the eyes of the first of these that knows; "" if none does."""
