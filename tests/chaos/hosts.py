@@ -51,8 +51,9 @@ class Hosts:
     def _peer(self, name: str) -> LocalPeer:
         return next(peer for peer in load_manifest(self.cli.dir).peers if peer.name == name)
 
-    def directory(self, name: str) -> Path:
-        return self._peer(name).directory
+    def directories(self) -> dict[str, Path]:
+        """Each peer's own directory."""
+        return {name: self._peer(name).directory for name in self.names}
 
     def running(self, name: str) -> bool:
         """Whether the peer's process is there."""

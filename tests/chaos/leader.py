@@ -6,7 +6,7 @@
 Five peers, each in a network namespace. One thread kills the coordinator with SIGKILL, waits for the next one
 and starts the killed one again. Others work meanwhile, each asking any peer: one makes tokens, one deploys
 labs and takes them down, one moves guests. In the end every acknowledged token and lab is there, every guest
-of a lab that was not taken down runs, and no guest ever ran twice (`copies.py`). The last line is one JSON
+of a lab that was not taken down runs, and no guest ever ran twice (`witness.py`). The last line is one JSON
 object.
 """
 
@@ -24,8 +24,9 @@ from typing import Any
 from proto.api import OperationError
 from tests.built import built_helper, missing
 from tests.chaos.anyone import Unanswered, ask_anyone
-from tests.chaos.copies import BEAT, Copies
 from tests.chaos.hosts import Hosts, hosts
+from tests.chaos.witness import Witness
+from tests.guest.beats import BEAT
 
 NAMES = ["tokyo", "virginia", "oslo", "lima", "cairo"]
 BETWEEN_KILLS = 4.0
@@ -158,12 +159,12 @@ class Run:
 
 def chaos(seconds: float, seed: int) -> Run:
     """One run with everything checked; its `trouble` is empty if all was well."""
-    with hosts(NAMES, built_helper()) as mesh, Copies(mesh.cli.dir) as copies:
+    with hosts(NAMES, built_helper()) as mesh, Witness(mesh.directories()) as witness:
         mesh.wait_for_leader(NAMES, voters=5)
         run = Run(mesh, seconds, seed)
         run.run()
         run.check()
-        run.trouble += copies.wrong()
+        run.trouble += witness.wrong()
         return run
 
 

@@ -6,7 +6,7 @@
 The side with three decides: it starts, moves and removes guests, and starts a lease-bound guest of the other
 side anew from its image. The side with two keeps its `run` guests going and refuses everything that needs a
 decision, saying who is missing. After the heal there is one truth again: left-over copies are ended. No guest
-ever ran twice (`copies.py`). The last line is one JSON object.
+ever ran twice (`witness.py`). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 
 from proto.api import OperationError
 from tests.built import built_helper, missing
-from tests.chaos.copies import BEAT, Copies
 from tests.chaos.hosts import Hosts, hosts
+from tests.chaos.witness import Witness
+from tests.guest.beats import BEAT
 
 FEW = ["tokyo", "virginia"]
 MANY = ["oslo", "lima", "cairo"]
@@ -50,9 +51,9 @@ def lab_file() -> str:
 class Split:
     """One run; `trouble` is what was not as it must be."""
 
-    def __init__(self, mesh: Hosts, copies: Copies) -> None:
+    def __init__(self, mesh: Hosts, witness: Witness) -> None:
         self._mesh = mesh
-        self._copies = copies
+        self._witness = witness
         self.trouble: list[str] = []
         self.refusals: list[str] = []
         self.failover_s: float | None = None
@@ -62,7 +63,7 @@ class Split:
         mesh = self._mesh
         mesh.wait_for_leader(mesh.names, voters=5)
         mesh.ask("tokyo", "lab.up", timeout=120, lab=lab_file(), source="split.yaml")
-        self._soon("all guests have begun", lambda: all(self._copies.beats(f"{LAB}/{n}") for n in _names()))
+        self._soon("all guests have begun", lambda: all(self._witness.count(f"{LAB}/{n}") for n in _names()))
         mesh.cut(FEW, MANY)
         cut = time.monotonic()
         mesh.wait_for_leader(MANY)
@@ -108,9 +109,9 @@ class Split:
         ask("oslo", "vm.rm", timeout=90, vm=f"{LAB}/few-removed", force=True)
 
     def _still_free(self) -> None:
-        before = self._copies.beats(f"{LAB}/few-free")
+        before = self._witness.count(f"{LAB}/few-free")
         time.sleep(LONG_ENOUGH)
-        if self._copies.beats(f"{LAB}/few-free") == before:
+        if self._witness.count(f"{LAB}/few-free") == before:
             self.trouble.append("the free guest of the minority stood still")
 
     def _healed(self) -> None:
@@ -127,12 +128,12 @@ class Split:
 
         self._soon("one truth everywhere", settled)
         self._soon("left-over copies are ended", lambda: self._directories() == len(wanted))
-        before = {name: self._copies.beats(f"{LAB}/{name}") for name in _names() if name != "few-removed"}
+        before = {name: self._witness.count(f"{LAB}/{name}") for name in _names() if name != "few-removed"}
         time.sleep(LONG_ENOUGH)
         for name, count in before.items():
-            if self._copies.beats(f"{LAB}/{name}") == count:
+            if self._witness.count(f"{LAB}/{name}") == count:
                 self.trouble.append(f"{name} does not run after the heal")
-        self.trouble += self._copies.wrong()
+        self.trouble += self._witness.wrong()
 
     def _directories(self) -> int:
         return sum(1 for _ in self._mesh.cli.dir.glob("*/guests/*/guest.json"))
@@ -162,8 +163,8 @@ def _names() -> list[str]:
 
 def chaos() -> Split:
     """One run."""
-    with hosts([*FEW, *MANY], built_helper()) as mesh, Copies(mesh.cli.dir) as copies:
-        split = Split(mesh, copies)
+    with hosts([*FEW, *MANY], built_helper()) as mesh, Witness(mesh.directories()) as witness:
+        split = Split(mesh, witness)
         split.run()
         return split
 

@@ -24,7 +24,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -81,8 +81,9 @@ def parse(data: bytes, copy: str = "") -> list[Beat]:
 class Beats:
     """All beats of all guests on these peers. `run` is the task that reads them."""
 
-    def __init__(self, peers: Iterable[PeerProcess]) -> None:
-        self._directories: Mapping[str, Path] = {peer.name: peer.directory for peer in peers}
+    def __init__(self, directories: Mapping[str, Path]) -> None:
+        """`directories` of the peers, by their names."""
+        self._directories = directories
         self._logs: dict[tuple[int, int], _Log] = {}
         self._found: list[tuple[str, Beat]] = []
 
@@ -122,6 +123,10 @@ class Beats:
             log.file.close()
 
     # Looking.
+
+    def guests(self) -> list[str]:
+        """All guests (LAB/NAME) that were ever seen."""
+        return sorted({key for key, _ in self._found})
 
     def of(self, guest: str) -> list[Beat]:
         """The beats of a guest (LAB/NAME) by time, as read until now."""

@@ -72,7 +72,7 @@ async def ended(peer: PeerProcess) -> None:
 
 @pytest.fixture
 async def beats(mesh: list[PeerProcess]) -> AsyncIterator[Beats]:
-    found = Beats(mesh)
+    found = Beats({peer.name: peer.directory for peer in mesh})
     async with background(found.run):
         yield found
     found.close()
