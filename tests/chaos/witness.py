@@ -15,7 +15,7 @@ POLL = 0.05
 
 
 class Witness:
-    """What all guests of a mesh said of themselves, as long as the block lasts and afterwards."""
+    """What all guests of a mesh said of themselves, as long as the block lasts."""
 
     def __init__(self, directories: Mapping[str, Path]) -> None:
         self._beats = Beats(directories)
@@ -32,6 +32,7 @@ class Witness:
     ) -> None:
         self._end.set()
         self._thread.join(30)
+        self._beats.close()
 
     def _run(self) -> None:
         while not self._end.wait(POLL):
@@ -47,7 +48,3 @@ class Witness:
         """All that must not be; empty if no guest ever ran twice."""
         with self._lock:
             return [f"{guest}: {text}" for guest in self._beats.guests() for text in self._beats.twice(guest)]
-
-    def close(self) -> None:
-        """Let go of the logs; nothing can be asked any more."""
-        self._beats.close()

@@ -42,6 +42,7 @@ class PeerProcess:
         environment: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
         module: str = "mobid",
+        *,
         options: Sequence[str] = (),
     ) -> None:
         self.module = module
