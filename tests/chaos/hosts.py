@@ -63,6 +63,14 @@ class Hosts:
         """One operation, asked of this peer alone; raises `OperationError`."""
         return Mesh(self._peer(peer).target).call(op, args, timeout=timeout)
 
+    def read(self, peer: str, guest: str, path: str) -> bytes:
+        """A file of a guest, asked of this peer; raises `OperationError`."""
+        parts: list[bytes] = []
+        args = {"vm": guest, "path": path}
+        mesh = Mesh(self._peer(peer).target)
+        mesh.call("vm.get", args, timeout=20.0, on_item=lambda item: parts.append(item["data"]))
+        return b"".join(parts)
+
     def leader(self, among: Iterable[str]) -> str:
         """Who leads, in the eyes of the first of these that knows; "" if none does."""
         for name in among:
