@@ -3,9 +3,10 @@
 PYTHON := .venv/bin/python
 SEEDS ?= 300
 N ?= 200
+T ?= 600
 START ?= 1
 
-.PHONY: setup demo test test-fast check bench soak faults sim format clean
+.PHONY: setup demo test test-fast check bench soak faults chaos sim format clean
 
 setup:
 	@python3 -c 'import tomllib' 2>/dev/null || { echo 'setup: Python 3.11 or newer is needed (Debian 12 has it)' >&2; exit 1; }
@@ -35,6 +36,11 @@ bench: setup
 
 soak: setup
 	@$(PYTHON) -m tests.soak --moves $(N)
+
+chaos: setup
+	@$(PYTHON) -m tests.chaos.split
+	@$(PYTHON) -m tests.chaos.stopped
+	@$(PYTHON) -m tests.chaos.leader --seconds $(T)
 
 faults: setup
 	@$(PYTHON) -m tests.faults $(or $(B),migration)
