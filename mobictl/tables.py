@@ -50,7 +50,8 @@ class Column:
 
 def state(value: Any) -> Text:
     """A state in its colour."""
-    return Text(str(value), style=STATES.get(str(value), ""))
+    text = str(value)
+    return Text(text, style="yellow" if text.endswith("?") else STATES.get(text, ""))
 
 
 def joined(value: Any) -> str:

@@ -36,6 +36,7 @@ logger = structlog.get_logger(__name__)
 BOOT_TIMEOUT = 90.0
 STOP_TIMEOUT = 30.0
 TELL_TIMEOUT = 10.0
+REPORT_TIMEOUT = 5.0
 REPORT_AGAIN = 1.0
 OUTPUT_TAIL = 600
 """Bytes of a failed command's output that are kept for the message."""
@@ -77,7 +78,6 @@ class Seen:
     exit_reason: str = ""
     message: str = ""
     started: float | None = None
-    restarts: int | None = None
     cpu_features: tuple[str, ...] | None = None
     xsave_size: int | None = None
     held_to: Literal["run", "freeze"] | None = None
@@ -87,7 +87,7 @@ class Seen:
     def is_known(self, guest: entries.Guest) -> bool:
         """Whether the catalog says this."""
         same = (guest.state, guest.exit_reason, guest.message) == (self.state, self.exit_reason, self.message)
-        return same and self.give_up != guest.wanted
+        return same and self.started in (None, guest.started) and self.give_up != guest.wanted
 
 
 class Keeper:
@@ -96,6 +96,8 @@ class Keeper:
     def __init__(self, keeping: Keeping, id: str, local: LocalGuest | None) -> None:
         self.id = id
         self.local = local
+        self.left_over = False
+        """Whether the guest was removed, or given to another peer, while this one was away."""
         self.force = False
         """Do not ask the guest when it is stopped next."""
         self.busy = trio.Lock()
@@ -105,6 +107,12 @@ class Keeper:
         self._failures = 0
         self._retry_at: float | None = None
         self._automatic = False
+        self._restarts = 0
+        """Restarts that were not reported yet."""
+        self._unheard = False
+        """Whether the last report did not reach those who decide."""
+        self._ran_by: tuple[str, int] | None = None
+        """The right (owner, epoch) by which it was last seen running here."""
         self._stood_ns = 0
         """The end of a lease at which the guest was stopped, and of which that was said."""
         self._untold = True
@@ -152,8 +160,8 @@ class Keeper:
             async with self.busy:
                 await self._take_notice()
                 reported = await self._report()
-                step = self._next_step() if reported else Step.NOTHING
-                await self._take(step)
+                step = self._next_step() if reported or self._goes_on_alone() else Step.NOTHING
+                await self._take(step if reported or step is Step.START else Step.NOTHING)
             if fresh:
                 self.seen.set()
             if self.local is None and not self._ours():
@@ -197,7 +205,9 @@ class Keeper:
     async def _report(self) -> bool:
         """Make the catalog know what was seen. False if it could not be told; then no step may be taken."""
         guest, seen = self.wanted, self._seen
-        if guest is None or seen is None or guest.owner != self._k.me or self.held or seen.is_known(guest):
+        if guest is None or seen is None or guest.owner != self._k.me or self.held:
+            return True
+        if seen.is_known(guest) and not self._restarts:
             return True
         report = entries.Report(
             guest=guest.key,
@@ -207,7 +217,7 @@ class Keeper:
             exit_reason=seen.exit_reason,
             message=seen.message[:1000],
             started=seen.started,
-            restarts=seen.restarts,
+            restarts=guest.restarts + self._restarts if self._restarts else None,
             cpu_features=seen.cpu_features,
             xsave_size=seen.xsave_size,
             held_to=seen.held_to,
@@ -218,13 +228,26 @@ class Keeper:
             give_up = entries.SetWanted(guest=guest.key, wanted=instead)
             entry = entries.Batch(entries=(report, give_up))
         try:
-            await self._k.catalog.propose(entry)
+            await self._k.catalog.propose(entry, timeout=REPORT_TIMEOUT)
         except OperationError as error:
+            self._unheard = error.code in ("no-leader", "timeout", "unreachable")
             logger.warning("guest cannot be reported", guest=guest.key, code=error.code, error=error.message)
             return False
+        self._unheard, self._restarts = False, 0
         # Said once: who wants it again later shall be heard.
         self._seen = replace(seen, give_up=None)
         return True
+
+    def _goes_on_alone(self) -> bool:
+        """Whether a guest that crashed may be started again although nobody can be told.
+
+        It ran here by the right that this peer's own catalog still names, and goes on by it; that cannot give
+        it a second copy that it would not have had anyway. A lease-bound one needs the lease besides. A guest
+        that was not seen running here is not started: this peer may have missed that it went elsewhere.
+        """
+        guest = self.wanted
+        right = (guest.owner, guest.epoch) if guest is not None else None
+        return self._unheard and self._automatic and right is not None and right == self._ran_by
 
     async def _see(self, seen: Seen) -> bool:
         self._seen = replace(seen, message=seen.message[:1000])
@@ -243,6 +266,7 @@ class Keeper:
         elif self._stands_still(local, guest):
             self._seen = None  # until it goes on, only this peer can know
         elif local.phase in ("running", "paused") and local.record.stage == "ready":
+            self._ran_by = (guest.owner, guest.epoch)
             state: entries.GuestState = "paused" if local.phase == "paused" or local.stalled else "running"
             if self._seen is None or (self._seen.state, self._seen.message) != (state, local.trouble):
                 self._seen = Seen(state, message=local.trouble)
@@ -275,7 +299,8 @@ class Keeper:
         if verdict.restart:
             self._automatic = True
             self._retry_at = trio.current_time() + verdict.delay
-            self._seen = Seen("starting", reason, message, restarts=guest.restarts + 1)
+            self._restarts += 1
+            self._seen = Seen("starting", reason, message)
         else:
             self._retry_at = None
             self._seen = Seen(verdict.state, reason, message, give_up="running")
@@ -338,7 +363,8 @@ class Keeper:
     async def _discard(self, local: LocalGuest) -> None:
         """It was removed or stopped before it went elsewhere, or it is stale: what it did here since may be
         wanted by somebody, so its files are kept for a while."""
-        record, fenced = local.record, self.wanted is not None and local.phase != "absent"
+        wanted, record = self.wanted, local.record
+        fenced = wanted is not None and local.phase != "absent"
         stood = stood_for(local)
         await local.end(force=True)
         await local.remove_ports()
@@ -348,9 +374,14 @@ class Keeper:
             self._k.events.emit(
                 "guest.fenced", guest=record.key, epoch=record.epoch, stood=stood, kept=str(kept or "")
             )
-        else:
-            local.remove_files()
+            return
+        local.remove_files()
+        if wanted is None and not self.left_over:
             self._k.events.emit("guest.removed", guest=record.key)
+            return
+        there = self._k.catalog.state.peer_name(wanted.owner) if wanted is not None else ""
+        reason = f"it was given to {there}" if there else "it was removed while this peer was away"
+        self._k.events.emit("guest.discarded", guest=record.key, epoch=record.epoch, reason=reason)
 
     async def _pause(self, guest: entries.Guest, local: LocalGuest) -> None:
         try:
@@ -416,7 +447,8 @@ class Keeper:
     # Starting.
 
     async def _start(self, guest: entries.Guest) -> None:
-        if not await self._see(Seen("starting", guest.exit_reason if self._automatic else "")):
+        heard = await self._see(Seen("starting", guest.exit_reason if self._automatic else ""))
+        if not heard and not self._goes_on_alone():
             await trio.sleep(REPORT_AGAIN)
             return
         await self._attempt(guest, lambda: self._bring_up(guest))

@@ -29,6 +29,7 @@ from mobid.tasks import background
 from proto import api, deploy, entries
 from proto.agent import AgentError, FrameType
 from proto.api import Arguments, OperationError
+from proto.drain import Host, destination
 from proto.lab import DEFAULT_LAB, DEFAULT_MEMORY
 from proto.labfields import MEMORY, PAGE
 from proto.state import State
@@ -37,6 +38,8 @@ from proto.units import format_size
 AGENT_TIMEOUT = 20.0
 CHANGE_TIMEOUT = 180.0
 GONE_TIMEOUT = 60.0
+SILENT_TIMEOUT = 5.0
+"""Seconds for a peer that seems dead anyway."""
 FOLLOW_INTERVAL = 0.25
 LOG_CHUNK = 64 << 10
 NO_LEASE = "its peer has no lease: it is cut off from the majority"
@@ -79,7 +82,7 @@ class GuestOperations:
         """One guest, with everything the catalog knows of it."""
         state = self._catalog.state
         guest = self._seen(state.find_guest(args.vm))
-        return deploy.details(guest, state, self._clock())
+        return deploy.details(guest, state, self._clock(), self._owner_state(guest))
 
     # Making and removing.
 
@@ -128,7 +131,7 @@ class GuestOperations:
         """Remove a guest and its disks; one that runs only with `force`."""
         if self._catalog.applied(step(request)) is not None:
             lab, _, name = args.vm.rpartition("/")
-            return {"vm": name, "lab": lab or DEFAULT_LAB}
+            return {"vm": name, "lab": lab or DEFAULT_LAB, "unconfirmed": []}
         guest = self._catalog.state.find_guest(args.vm)
         if guest.state in ("running", "paused", "migrating", "starting") and not args.force:
             raise OperationError(
@@ -136,12 +139,14 @@ class GuestOperations:
                 f"{guest.key} is {guest.state}",
                 f"stop it first, or: mobictl vm rm {guest.key} --force",
             )
-        await self._remove(guest, step(request))
-        return {"vm": guest.name, "lab": guest.lab}
+        silent = await self._remove(guest, step(request))
+        return {"vm": guest.name, "lab": guest.lab, "unconfirmed": silent}
 
-    async def _remove(self, guest: entries.Guest, request: str = "") -> None:
+    async def _remove(self, guest: entries.Guest, request: str = "") -> list[str]:
+        """Remove it; the names of peers that did not confirm that it has ended."""
         await self._catalog.propose(entries.RemoveGuest(guest=guest.key), request=request)
-        await wait_gone(self._links, {guest.owner: (guest.id,)})
+        silent = await wait_gone(self._links, {guest.owner: (guest.id,)})
+        return [self._catalog.state.peer_name(peer) for peer in silent]
 
     @operation("guest.gone", role="peer", args=GuestGone, timeout=GONE_TIMEOUT)
     async def gone(self, _request: Request, args: GuestGone) -> dict[str, Any]:
@@ -153,10 +158,40 @@ class GuestOperations:
 
     # Changing what is wanted.
 
-    @operation("vm.start", role="operator", args=api.VmArguments, route="guest", timeout=CHANGE_TIMEOUT)
+    @operation("vm.start", role="operator", args=api.VmArguments, timeout=CHANGE_TIMEOUT)
     async def start(self, request: Request, args: api.VmArguments) -> dict[str, Any]:
-        """Start a guest that was stopped, or that has ended."""
-        return self._row(await self._want(args.vm, "running", ("running",), step(request)))
+        """Start a guest that was stopped, or that has ended; one that was lost begins anew elsewhere."""
+        guest = self._catalog.state.find_guest(args.vm)
+        if guest.state == "lost":
+            await self._place_anew(guest, step(request))
+        elif guest.state == "fenced":
+            raise OperationError(
+                "conflict",
+                f"{guest.key} waits until it is certain that it has ended elsewhere: {guest.message}",
+                "it then starts by itself, on a peer that has room",
+            )
+        elif self._owner_state(guest) == "dead":
+            owner = self._catalog.state.peer_name(guest.owner)
+            raise OperationError(
+                "unreachable",
+                f"{guest.key} is at {owner}, which does not answer",
+                f"if {owner} will never come back: mobictl peer evict {owner}, and start the guest then",
+            )
+        return self._row(await self._want(guest.key, "running", ("running",), step(request)))
+
+    async def _place_anew(self, guest: entries.Guest, request: str) -> None:
+        """Give a lost guest to a peer that has room: it begins there from its image."""
+        state = self._catalog.state
+        there = await hosts(self._catalog, self._links)
+        members = (state.find_peer(host.name) for host in there.hosts)
+        free = {host.name: host.memory_free for host in there.hosts}
+        found = {member.id: Host(member, free[member.name]) for member in members}
+        to, reason = destination(state, guest, found)
+        if not to:
+            raise OperationError("no-room", f"{guest.key} was lost and cannot begin anew: {reason}")
+        move = entries.MoveGuest(guest=guest.key, epoch=guest.epoch, owner=to)
+        want = entries.SetWanted(guest=guest.key, wanted="running")
+        await self._catalog.propose(entries.Batch(entries=(move, want)), request=request)
 
     @operation("vm.stop", role="operator", args=api.VmForce, route="guest", timeout=CHANGE_TIMEOUT)
     async def stop(self, request: Request, args: api.VmForce) -> dict[str, Any]:
@@ -229,7 +264,11 @@ class GuestOperations:
             raise OperationError("conflict", f"{key} is {guest.state}", _mend(guest))
 
     def _row(self, guest: entries.Guest) -> dict[str, Any]:
-        return deploy.row(self._seen(guest), self._catalog.state, self._clock())
+        state, owner_state = self._catalog.state, self._owner_state(guest)
+        return deploy.row(self._seen(guest), state, self._clock(), owner_state)
+
+    def _owner_state(self, guest: entries.Guest) -> str:
+        return self._links.liveness(guest.owner).state
 
     def _seen(self, guest: entries.Guest) -> entries.Guest:
         """The guest as the catalog knows it, or standing still here without a lease, which nobody reports."""
@@ -332,8 +371,9 @@ async def wait_gone(links: Links, guests: dict[str, tuple[str, ...]]) -> list[st
     silent: list[str] = []
 
     async def ask(owner: str, ids: tuple[str, ...]) -> None:
+        timeout = GONE_TIMEOUT if links.liveness(owner).state != "dead" else SILENT_TIMEOUT
         try:
-            await links.call(owner, "guest.gone", GuestGone(ids=list(ids)), timeout=GONE_TIMEOUT)
+            await links.call(owner, "guest.gone", GuestGone(ids=list(ids)), timeout=timeout)
         except OperationError:
             silent.append(owner)
 

@@ -69,6 +69,7 @@ class Guests:
         self.clock = clock
         self.adopted = trio.Event()
         """Set once the guests of an earlier process were taken back."""
+        self._begun = clock()
         self._keepers: dict[str, Keeper] = {}
         self._nursery: trio.Nursery | None = None
         self._admission = trio.Lock()
@@ -85,8 +86,8 @@ class Guests:
             nursery.start_soon(self._wake_when_fresh)
             state = self.catalog.state
             self._look(state, State())
-            async for _, _, new in self.catalog.changes(after=state.index):
-                self._look(new, state)
+            async for _, proposal, new in self.catalog.changes(after=state.index):
+                self._look(new, state, proposal.time)
                 state = new
 
     async def close(self) -> None:
@@ -306,10 +307,15 @@ class Guests:
             if keeper.local.shim is not None:
                 self.watch(keeper.local)
                 self.events.emit("guest.adopted", guest=record.key, state=keeper.local.phase)
+            keeper.left_over = keeper.wanted is None or keeper.wanted.owner != self.me
             self._begin(keeper)
 
-    def _look(self, state: State, before: State) -> None:
-        """Wake the keepers of guests that changed, and make those that are missing."""
+    def _look(self, state: State, before: State, time: float = 0.0) -> None:
+        """Wake the keepers of guests that changed, and make those that are missing.
+
+        `time` is that of the record which changed them, as the catalog's.
+        """
+        missed = time < self._begun
         changed: set[str] = set()
         labs: set[str] = set()
         for key in state.guests.keys() | before.guests.keys():
@@ -317,6 +323,8 @@ class Guests:
             if new is old:
                 continue
             changed |= {guest.id for guest in (new, old) if guest is not None}
+            if old is not None and missed and (new is None or (new.id, new.owner) != (old.id, self.me)):
+                self._mark_left_over(old.id)
             if not deploy.same_neighbours(new, old):
                 labs.add(key.partition("/")[0])
             if new is not None and new.owner == self.me and new.id not in self._keepers:
@@ -328,6 +336,10 @@ class Guests:
                 changed.add(id)
         for id in changed:
             self._wake(id)
+
+    def _mark_left_over(self, id: str) -> None:
+        if id in self._keepers:
+            self._keepers[id].left_over = True
 
     def _wake(self, id: str) -> None:
         if id in self._keepers:

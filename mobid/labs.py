@@ -174,7 +174,7 @@ class Labs:
                 {
                     "lab": name,
                     "guests": len(own),
-                    "running": sum(guest.state == "running" for guest in own),
+                    "running": sum(guest.state == "running" and self._answers(guest) for guest in own),
                     "created": state.labs[name].created,
                     "source": state.labs[name].source,
                 }
@@ -198,9 +198,15 @@ class Labs:
         state = self._catalog.state
         return {
             "lab": lab,
-            "guests": [deploy.row(guest, state, self._clock()) for guest in _guests_of(state, lab)],
+            "guests": [self._row(guest, state) for guest in _guests_of(state, lab)],
             "networks": deploy.graph(lab, state)["networks"],
         }
+
+    def _row(self, guest: entries.Guest, state: State) -> dict[str, Any]:
+        return deploy.row(guest, state, self._clock(), self._links.liveness(guest.owner).state)
+
+    def _answers(self, guest: entries.Guest) -> bool:
+        return self._links.liveness(guest.owner).state == "alive"
 
 
 def _guests_of(state: State, lab: str) -> list[entries.Guest]:

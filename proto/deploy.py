@@ -165,8 +165,10 @@ def _hosts(guest: entries.Guest, state: State) -> dict[str, list[str]]:
     return found
 
 
-def row(guest: entries.Guest, state: State, now: float) -> dict[str, Any]:
-    """A guest as in `vm ls`. `now` is the time of day, as the catalog's."""
+def row(guest: entries.Guest, state: State, now: float, owner_state: str = "alive") -> dict[str, Any]:
+    """A guest as in `vm ls`. `now` is the time of day, as the catalog's; `owner_state` is how its owner looks
+    from the peer that was asked (alive, suspect, dead): of a silent one the state is only the last known.
+    """
     alive = guest.state in ("running", "paused", "migrating", "frozen")
     return {
         "vm": guest.name,
@@ -179,13 +181,14 @@ def row(guest: entries.Guest, state: State, now: float) -> dict[str, Any]:
         "networks": [interface.network.partition(":")[2] for interface in guest.interfaces],
         "cpu_features": list(guest.cpu_features),
         "uptime": max(0.0, now - guest.started) if alive and guest.started else None,
+        "owner_state": owner_state,
     }
 
 
-def details(guest: entries.Guest, state: State, now: float) -> dict[str, Any]:
+def details(guest: entries.Guest, state: State, now: float, owner_state: str = "alive") -> dict[str, Any]:
     """A guest as in `vm show`: the row and everything else a person may ask."""
     return {
-        **row(guest, state, now),
+        **row(guest, state, now, owner_state),
         "id": guest.id,
         "image": f"{guest.image}@{guest.image_hash[:16]}" if guest.image_hash else guest.image,
         "disk": guest.disk,

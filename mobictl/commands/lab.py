@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mobictl import picture, tables
 from mobictl.command import application, command
-from mobictl.commands.vm import guest_table
+from mobictl.commands.vm import guest_table, unconfirmed
 from mobictl.labfile import load_lab_file
 from mobictl.options import LabArgument, build
 from mobictl.progress import Reporter, reporting
@@ -104,10 +104,7 @@ def apply(session: Session, file: FileArgument) -> None:
     with reporting(session, "lab apply") as report:
         done = _ask(session, "lab.apply", file, _stages(report))
     lines = [Text(f"{done['lab']}: {_outcome(done)}"), *_lines(done)]
-    if done["unconfirmed"]:
-        silent = ", ".join(done["unconfirmed"])
-        lines.append(Text(f"not confirmed by {silent}: what is removed there ends when it is back", "yellow"))
-    session.show(done, *lines, "", guest_table(_rows(done)))
+    session.show(done, *lines, *unconfirmed(done), "", guest_table(_rows(done)))
 
 
 def _outcome(done: dict[str, Any]) -> str:
@@ -196,7 +193,7 @@ def move(
 def down(session: Session, lab: LabArgument) -> None:
     """End a lab: its guests, their disks, its networks."""
     found = session.call("lab.down", build(api.LabArguments, "lab.down", lab=lab), timeout=UP_TIMEOUT)
-    session.show(found, f"{lab}: gone")
+    session.show(found, f"{lab}: gone", *unconfirmed(found))
 
 
 @command(app, "ls")

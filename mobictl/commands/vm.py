@@ -24,6 +24,7 @@ COLUMNS = (
     Column("MEMORY", "memory", tables.size, right=True),
     Column("ADDRESSES", "addresses", tables.joined),
     Column("UPTIME", "uptime", tables.seconds, right=True),
+    Column("REMARK", "remark"),
 )
 CHANGE_TIMEOUT = 180.0
 Force = Annotated[bool, typer.Option("--force", "-f", help="Do not ask the guest: pull the plug.")]
@@ -36,10 +37,22 @@ def full_name(row: dict[str, Any]) -> str:
     return short if lab in ("", "default") else f"{lab}/{short}"
 
 
+AT_REST = ("stopped", "failed", "lost", "fenced")
+"""States that stay as they are, whether or not the guest's peer answers."""
+
+
+def _as_seen(row: dict[str, Any]) -> dict[str, Any]:
+    """Of a guest whose peer is silent the state is only the last known one."""
+    if row.get("owner_state", "alive") == "alive" or row.get("state") in AT_REST:
+        return {}
+    silent = "is silent" if row["owner_state"] == "suspect" else "does not answer"
+    return {"state": f"{row.get('state')}?", "remark": f"{row.get('peer')} {silent}", "uptime": None}
+
+
 def guest_table(rows: list[dict[str, Any]]) -> Any:
     """The table of `vm ls`."""
     ordered = sorted(rows, key=lambda row: (str(row.get("lab", "")), str(row.get("vm", ""))))
-    named = [{**row, "name": full_name(row)} for row in ordered]
+    named = [{**row, **_as_seen(row), "name": full_name(row)} for row in ordered]
     empty = "no guests; make one with: mobictl vm run mini, or mobictl lab up FILE"
     return tables.table(named, COLUMNS, empty)
 
@@ -123,7 +136,14 @@ def stop(session: Session, vm: VmArgument, force: Force = False) -> None:
 @command(app, "rm")
 def rm(session: Session, vm: VmArgument, force: Force = False) -> None:
     """Remove a guest and its disk; a running one only with --force."""
-    _change(session, "vm.rm", build(api.VmForce, "vm.rm", vm=vm, force=force), "removed")
+    row = session.call("vm.rm", build(api.VmForce, "vm.rm", vm=vm, force=force), timeout=CHANGE_TIMEOUT)
+    session.show(row, f"{full_name(row)}: removed", *unconfirmed(row))
+
+
+def unconfirmed(document: dict[str, Any]) -> list[str]:
+    """What to say of peers that did not confirm that something has ended there."""
+    silent = document.get("unconfirmed") or []
+    return [f"not confirmed by {name}: what is still there ends when it is back" for name in silent]
 
 
 @command(app, "pause")

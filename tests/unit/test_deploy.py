@@ -121,6 +121,7 @@ def test_rows_have_the_names_of_the_contract(empty: State) -> None:
         "networks",
         "cpu_features",
         "uptime",
+        "owner_state",
     ]
     assert (shown["vm"], shown["lab"], shown["peer"], shown["uptime"]) == ("client", "ufs", "tokyo", 10.0)
     assert row(state.guests["ufs/content"], state, now=150.0)["uptime"] is None
