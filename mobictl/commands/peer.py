@@ -117,7 +117,8 @@ def drain(
         session.show(done, f"{name} has no guests; it can leave")
     else:
         lines = [f"{one['guest']} stays at {name}: {one['reason']}" for one in done["left"]]
-        more = f"{name} still has {done['guests']} guests, and is emptied as soon as they can go"
+        words = "a guest" if done["guests"] == 1 else f"{done['guests']} guests"
+        more = f"{name} still has {words}, and is emptied as soon as that can be"
         session.show(done, *lines, more)
         raise Exit(1)
 

@@ -37,16 +37,17 @@ def full_name(row: dict[str, Any]) -> str:
     return short if lab in ("", "default") else f"{lab}/{short}"
 
 
-AT_REST = ("stopped", "failed", "lost", "fenced")
+AT_REST = ("stopped", "failed", "fenced")
 """States that stay as they are, whether or not the guest's peer answers."""
 
 
 def _as_seen(row: dict[str, Any]) -> dict[str, Any]:
     """Of a guest whose peer is silent the state is only the last known one."""
-    if row.get("owner_state", "alive") == "alive" or row.get("state") in AT_REST:
+    if row.get("owner_state", "alive") == "alive" or row.get("state") == "lost":
         return {}
     silent = "is silent" if row["owner_state"] == "suspect" else "does not answer"
-    return {"state": f"{row.get('state')}?", "remark": f"{row.get('peer')} {silent}", "uptime": None}
+    mark = "" if row.get("state") in AT_REST else "?"
+    return {"state": f"{row.get('state')}{mark}", "remark": f"{row.get('peer')} {silent}", "uptime": None}
 
 
 def guest_table(rows: list[dict[str, Any]]) -> Any:
