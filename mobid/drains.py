@@ -176,7 +176,8 @@ class Drains:
                     told[key] = text
                     await request.item({"guest": key, "state": text})
             waiting |= here
-            if not here or not state.members[peer].draining:
+            under_way = work is not None and bool(work.moving)
+            if (not here and not under_way) or not state.members[peer].draining:
                 return {}
             if work is not None and work.looked and not work.moving and here <= set(stuck):
                 return stuck
