@@ -87,7 +87,8 @@ class Guests:
             state = self.catalog.state
             self._look(state, State())
             async for _, proposal, new in self.catalog.changes(after=state.index):
-                self._look(new, state, proposal.time)
+                missed = proposal is None or proposal.time < self._begun
+                self._look(new, state, missed=missed)
                 state = new
 
     async def close(self) -> None:
@@ -310,12 +311,11 @@ class Guests:
             keeper.left_over = keeper.wanted is None or keeper.wanted.owner != self.me
             self._begin(keeper)
 
-    def _look(self, state: State, before: State, time: float = 0.0) -> None:
+    def _look(self, state: State, before: State, *, missed: bool = True) -> None:
         """Wake the keepers of guests that changed, and make those that are missing.
 
-        `time` is that of the record which changed them, as the catalog's.
+        `missed`: it was decided while this peer was away.
         """
-        missed = time < self._begun
         changed: set[str] = set()
         labs: set[str] = set()
         for key in state.guests.keys() | before.guests.keys():
