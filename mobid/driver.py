@@ -23,6 +23,7 @@ from proto import messages
 from proto.api import OperationError
 from proto.machine import Persisted, Send, WakeAt, Woken
 from proto.peer_events import Effect, Event
+from proto.raft.coalesce import coalesce
 from proto.raft.events import Persist, Received
 
 LONGEST_SLEEP = 1.0
@@ -62,6 +63,8 @@ class Driver:
         self._rescheduled = trio.Event()
         self._writes: deque[Persist] = deque()
         self._asked = Changed()
+        self._outgoing: dict[str, list[Any]] = {}
+        self._posting = Changed()
         self._broken = trio.Event()
         self._error: Exception | None = None
         self._one = trio.CapacityLimiter(1)
@@ -107,10 +110,8 @@ class Driver:
     def _carry_out(self, effect: Effect) -> None:
         match effect:
             case Send(peer, message):
-                try:
-                    self._send(peer, messages.encode(message))
-                except OperationError as error:
-                    log.error("message.not.sent", peer=peer, reason=error.message)
+                self._outgoing.setdefault(peer, []).append(message)
+                self._posting.set()
             case WakeAt(timer, at):
                 self._timers[timer] = at
                 if at < self._sleeping_until:
@@ -128,6 +129,7 @@ class Driver:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_time)
             nursery.start_soon(self._write)
+            nursery.start_soon(self._post)
             task_status.started()
             await self._broken.wait()
             assert self._error is not None
@@ -147,6 +149,18 @@ class Driver:
             self._rescheduled = trio.Event()
             with trio.move_on_after(max(0.0, self._sleeping_until - now)):
                 await self._rescheduled.wait()
+
+    async def _post(self) -> None:
+        """Send what has come up since this task last ran: what one moment brings, goes together."""
+        while True:
+            await self._posting.wait_until(lambda: bool(self._outgoing))
+            outgoing, self._outgoing = self._outgoing, {}
+            for peer, waiting in outgoing.items():
+                for message in coalesce(waiting):
+                    try:
+                        self._send(peer, messages.encode(message))
+                    except OperationError as error:
+                        log.error("message.not.sent", peer=peer, reason=error.message)
 
     async def _write(self) -> None:
         while True:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import shutil
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -407,16 +406,7 @@ class Peer:
             await self._tcp.aclose()
         self.gossip.close()
         self.catalog.close()
-        if self._joined_another:
-            self._put_catalog_away()
         self.events.close()
-
-    def _put_catalog_away(self) -> None:
-        """The catalog of the mesh that this peer was alone in."""
-        old = self.config.path(CATALOG)
-        aside = old.with_name(f"{CATALOG}.before-join")
-        shutil.rmtree(aside, ignore_errors=True)
-        old.rename(aside)
 
     async def _end_guests(self) -> None:
         with trio.move_on_after(SHUTDOWN_TIMEOUT):

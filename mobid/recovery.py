@@ -14,6 +14,7 @@ saved must be saved by hand.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -85,7 +86,9 @@ def open_store(directory: Path, known: Known | None, own: str) -> Store:
     Raises `OperationError`, naming file and byte, if there is nobody else.
     """
     damage = DamagedError("failed", f"{directory} is damaged at byte 0: the directory is missing")
-    if known is None or known.fresh or directory.exists():
+    if known is not None and known.fresh:
+        return _fresh_store(directory)
+    if known is None or directory.exists():
         try:
             return Store(directory)
         except DamagedError as error:
@@ -100,6 +103,22 @@ def open_store(directory: Path, known: Known | None, own: str) -> Store:
     aside = directory.with_name(f"{directory.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
     log.error("catalog.damaged", reason=damage.message, aside=str(aside))
     return _replace(directory, aside)
+
+
+def _fresh_store(directory: Path) -> Store:
+    """For a peer that has just joined: what it had was the catalog of a mesh of its own."""
+    made = Store(directory)
+    if made.empty:
+        return made
+    made.close()
+    aside = directory.with_name(f"{directory.name}.before-join")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        directory.rename(aside)
+        sync_directory(directory.parent)
+    except OSError as error:
+        raise unwritable(directory, error) from None
+    return Store(directory)
 
 
 def _replace(directory: Path, aside: Path) -> Store:

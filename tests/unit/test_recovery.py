@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a peer does at its start with a catalog that is damaged, gone, or of another mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mobid.recovery import Known, open_store, read_known, write_known
+from mobid.store import Store
+from proto.api import OperationError
+from proto.log import Record
+from proto.raft.events import Ballot, Durable
+from tests.unit.identities import known
+
+A, B = known("a"), known("b")
+ALONE = Known("m", (A.member("tokyo"),))
+PAIR = Known("m", (A.member("tokyo"), B.member("virginia")))
+
+
+def filled(directory: Path) -> None:
+    store = Store(directory)
+    for index in (1, 2, 3):
+        store.write([Durable(ballot=Ballot(4, "x"), records=(Record(1, index, b"data"),))])
+    store.close()
+
+
+def damaged(directory: Path) -> None:
+    filled(directory)
+    data = bytearray((directory / "log").read_bytes())
+    data[len(data) // 2] ^= 1
+    (directory / "log").write_bytes(data)
+
+
+def test_what_is_known_of_the_mesh_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "mesh.json"
+    assert read_known(path) is None
+    write_known(path, PAIR)
+    assert read_known(path) == PAIR
+    path.write_text("{")
+    with pytest.raises(OperationError, match=r"mesh\.json is damaged"):
+        read_known(path)
+
+
+def test_with_others_a_damaged_catalog_is_put_aside_and_the_vote_is_remembered(tmp_path: Path) -> None:
+    directory = tmp_path / "catalog"
+    damaged(directory)
+    store = open_store(directory, PAIR, A.id)
+    assert store.stored.recovering
+    assert store.stored.ballot == Ballot(4, "x")
+    assert not store.stored.records
+    store.close()
+    assert len(list(tmp_path.glob("catalog.damaged-*/log"))) == 1
+    again = open_store(directory, PAIR, A.id)
+    assert again.stored.recovering
+    again.close()
+
+
+def test_a_catalog_that_is_gone_was_lost(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "catalog", PAIR, A.id)
+    assert store.stored.recovering
+    store.close()
+
+
+@pytest.mark.parametrize("nobody", [None, ALONE])
+def test_a_peer_without_others_refuses_and_touches_nothing(tmp_path: Path, nobody: Known | None) -> None:
+    directory = tmp_path / "catalog"
+    damaged(directory)
+    before = (directory / "log").read_bytes()
+    with pytest.raises(OperationError, match=r"catalog/log is damaged at byte \d+") as caught:
+        open_store(directory, nobody, A.id)
+    assert "no other peer has this catalog" in caught.value.hint
+    assert (directory / "log").read_bytes() == before
+
+
+def test_a_newcomer_begins_empty_and_keeps_what_it_had_aside(tmp_path: Path) -> None:
+    directory = tmp_path / "catalog"
+    filled(directory)
+    newcomer = Known("m", (B.member("virginia"),), fresh=True)
+    store = open_store(directory, newcomer, A.id)
+    assert store.empty
+    assert not store.stored.recovering
+    store.close()
+    assert (tmp_path / "catalog.before-join" / "log").exists()
+    open_store(directory, newcomer, A.id).close()
+    assert (tmp_path / "catalog.before-join" / "log").exists()
