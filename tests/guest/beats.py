@@ -12,9 +12,10 @@ copies on one host show the host's time, to a millisecond, also after they stood
 its log says nothing: the shim that writes it may be stopped longer than the guest, and does so later.
 
 `Beats` reads all logs from the first line on and keeps them open, since a copy's log goes with the copy.
-`Beats.twice` looks for two copies whose stretches overlap. What it cannot see is shorter than a few beats:
-the moment between the end of a stop and the shim's look at the lease, in which a stale copy may run but none
-of its frames is accepted. That is what `heard` is for: the beats which another guest received by UDP.
+`Beats.twice` looks for two copies whose stretches overlap. A host that was stopped and goes on is a case of
+its own: its guest may run for a moment before its shim has looked at the lease, and may even beat; what holds
+then is that none of its frames is accepted. That is what `heard` is for: the beats that another guest
+received by UDP.
 """
 
 from __future__ import annotations
@@ -151,9 +152,9 @@ class Beats:
             if before and len(self.of(guest)) == before:
                 return self.of(guest)[-1]
 
-    def twice(self, guest: str) -> list[str]:
-        """Where two copies of a guest ran at the same time, in words; empty if it never ran twice."""
-        return overlaps(self.of(guest))
+    def twice(self, guest: str, moment: float = 0.0) -> list[str]:
+        """Where two copies of a guest ran at the same time for longer than `moment`, in words."""
+        return overlaps(self.of(guest), moment)
 
 
 def stretches(beats: Sequence[Beat]) -> list[tuple[str, float, float]]:
@@ -174,14 +175,15 @@ def stretches(beats: Sequence[Beat]) -> list[tuple[str, float, float]]:
     return sorted(found, key=lambda stretch: stretch[1])
 
 
-def overlaps(beats: Sequence[Beat]) -> list[str]:
-    """Where two of these copies ran at the same time."""
+def overlaps(beats: Sequence[Beat], moment: float = 0.0) -> list[str]:
+    """Where two of these copies ran at the same time for longer than `moment` seconds."""
     found = []
     latest: tuple[str, float, float] | None = None
     for stretch in stretches(beats):
         if latest is not None and stretch[0] != latest[0] and stretch[1] < latest[2] - SLACK:
             seconds = min(stretch[2], latest[2]) - stretch[1]
-            found.append(f"{latest[0]} and {stretch[0]} both ran for {seconds:.3f} s from {stretch[1]:.3f}")
+            said = f"{latest[0]} and {stretch[0]} both ran for {seconds:.3f} s from {stretch[1]:.3f}"
+            found += [said] if seconds >= moment else []
         if latest is None or stretch[2] > latest[2]:
             latest = stretch
     return found

@@ -31,4 +31,6 @@ def test_one_copy_after_the_other_is_well() -> None:
 def test_two_copies_at_once_are_found() -> None:
     assert len(overlaps(beats("a", 0, 3) + beats("b", 1, 2))) == 1
     assert len(overlaps(beats("a", 0, 1.1) + beats("b", 1, 2))) == 1
+    assert len(overlaps(beats("a", 0, 3) + beats("b", 1, 1))) == 1
+    assert not overlaps(beats("a", 0, 3) + beats("b", 1, 1.2), moment=0.5)
     assert len(overlaps(beats("a", 0, 9) + beats("b", 1, 2) + beats("c", 8, 10))) == 2
