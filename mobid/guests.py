@@ -87,6 +87,8 @@ class Guests:
             state = self.catalog.state
             self._look(state, State())
             async for _, proposal, new in self.catalog.changes(after=state.index):
+                if proposal is not None:
+                    self._tell_failover(proposal.entry)
                 missed = proposal is None or proposal.time < self._begun
                 self._look(new, state, missed=missed)
                 state = new
@@ -134,6 +136,12 @@ class Guests:
         await self.catalog.wait(lambda _state: self.catalog.fresh)
         for keeper in list(self._keepers.values()):
             await keeper.seen.wait()
+
+    def _tell_failover(self, entry: entries.Entry) -> None:
+        """Say that a guest comes here because the peer that had it was lost."""
+        if isinstance(entry, entries.FailOverGuest) and entry.owner == self.me:
+            epoch = entry.epoch + 1
+            self.events.emit("guest.failed-over", guest=entry.guest, epoch=epoch, reason=entry.reason)
 
     # Looking up.
 

@@ -30,6 +30,7 @@ from proto import handover_events as ev
 from proto.agent import AgentError
 from proto.api import Arguments, OperationError
 from proto.handover import Coordinator
+from proto.lease_events import PeerLost
 from proto.machine import Send, WakeAt, Woken
 from proto.state import State
 
@@ -87,6 +88,7 @@ class Migrations:
             try:
                 await self._take_up()
                 nursery.start_soon(self._coordinate)
+                nursery.start_soon(self._follow_losses)
                 await self._follow()
             finally:
                 self._nursery = None
@@ -380,6 +382,28 @@ class Migrations:
         finally:
             self._watched.discard(migration.id)
 
+    async def _follow_losses(self) -> None:
+        """Open handovers of which one side's lease has run out by every clock."""
+        async for loss in self._catalog.lost():
+            for migration in list(self._catalog.state.migrations.values()):
+                if migration.state != "open":
+                    continue
+                if loss.peer == migration.destination:
+                    await self._destination_lost(migration, loss)
+                elif loss.peer == migration.source:
+                    # What it released runs at the destination; else that must never run it, so that the
+                    # guest can be started anew.
+                    assert self._nursery is not None
+                    self._nursery.start_soon(settle, self._around, migration.id, migration.destination)
+
+    async def _destination_lost(self, migration: entries.Migration, loss: PeerLost) -> None:
+        """It does not run there if its processes are held to the lease: the source's copy goes on."""
+        guest = self._catalog.state.guests.get(migration.guest)
+        bound = guest is not None and (guest.on_partition, guest.held_to) == ("freeze", "freeze")
+        for effect in Coordinator(migration, failover=bound).handle(ev.PeerLost(), time.time()):
+            if isinstance(effect, ev.Propose):
+                await self._catalog.fence(loss.peer, effect.entry, loss.term)
+
     @operation("migration.lost", role="peer", args=MigrationArguments)
     async def lost(self, request: Request, args: MigrationArguments) -> dict[str, Any]:
         """At the coordinator: the destination says that its copy is gone for good."""
@@ -416,16 +440,18 @@ class _Watch:
             at = max((e.at for e in effects if isinstance(e, WakeAt)), default=time.time())
             for effect in effects:
                 if isinstance(effect, Send):
-                    await self._settle(effect.peer)
+                    await settle(self._around, self._migration.id, effect.peer)
             await trio.sleep(max(1.0, at - time.time()))
             effects = self._machine.handle(Woken(self._migration.id), time.time())
 
-    async def _settle(self, peer: str) -> None:
-        args = {"migration": self._migration.id}
-        try:
-            await self._around.links.call(peer, "migration.settle", args, timeout=SETTLE_TIMEOUT)
-        except OperationError as error:
-            log.info("migration.not.settled", id=self._migration.id, peer=peer, reason=error.message)
+
+async def settle(around: Surroundings, migration: str, peer: str) -> None:
+    """Ask one side to bring a migration (id) to its end; it may not hear it."""
+    try:
+        args = {"migration": migration}
+        await around.links.call(peer, "migration.settle", args, timeout=SETTLE_TIMEOUT)
+    except OperationError as error:
+        log.info("migration.not.settled", id=migration, peer=peer, reason=error.message)
 
 
 async def fail_over(

@@ -41,11 +41,9 @@ class PeerProcess:
         name: str = "tokyo",
         environment: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
-        module: str = "mobid",
         *,
         options: Sequence[str] = (),
     ) -> None:
-        self.module = module
         self.prefix = list(prefix)
         """A command that runs the peer's, in another namespace for example."""
         self.options = list(options)
@@ -69,16 +67,7 @@ class PeerProcess:
         """Start the process and wait until it answers; `join` is a token of another peer's mesh. One that
         ran before gets the same port.
         """
-        command = [
-            sys.executable,
-            "-m",
-            self.module,
-            "run",
-            "--dir",
-            str(self.directory),
-            "--name",
-            self.name,
-        ]
+        command = [sys.executable, "-m", "mobid", "run", "--dir", str(self.directory), "--name", self.name]
         command += ["--join", join] if join else []
         log = self.directory.with_name(self.directory.name + ".log")
         with log.open("ab") as output:
@@ -94,8 +83,9 @@ class PeerProcess:
                 assert self.process.poll() is None, self.log
                 with suppress(OSError, OperationError):
                     await self.call("status")
-                    self._listen = re.findall(r" is ready: (\S+)", self.log)[-1]
-                    return
+                    if said := re.findall(r" is ready: (\S+)", self.log):
+                        self._listen = said[-1]
+                        return
                 await trio.sleep(0.05)
 
     def kill(self) -> None:

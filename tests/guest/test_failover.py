@@ -105,6 +105,7 @@ async def failed_over(tokyo: PeerProcess) -> Row:
         return None
 
     row: Row = await eventually(elsewhere)
+    assert row["peer"] in ("tokyo", "sydney")
     return row
 
 
@@ -140,7 +141,10 @@ async def check(mesh: list[PeerProcess], beats: Beats, old: str, last: float) ->
     after = await beats.goes_on(SPEAKER)
     assert after[-1].boot != old
     assert not [beat for beat in await heard(tokyo, HEARER) if beat.boot == old and beat.at > last]
-    assert (await tokyo.call("vm.show", {"vm": SPEAKER}))["epoch"] == 2
+    row = await tokyo.call("vm.show", {"vm": SPEAKER})
+    assert row["epoch"] == 2
+    (new,) = [peer for peer in mesh if peer.name == row["peer"]]
+    assert events(new, "guest.failed-over")[0]["epoch"] == 2
     await reached(tokyo)
 
 
@@ -152,8 +156,7 @@ async def test_a_stopped_host_wakes_up_stale(mesh: list[PeerProcess], beats: Bea
     identity = await identity_of(tokyo)
     all_of_it = everything(virginia)
     stop(all_of_it)
-    row = await failed_over(tokyo)
-    assert row["peer"] in ("tokyo", "sydney")
+    await failed_over(tokyo)
     assert await identity_of(tokyo) == identity
     old = (await heard(tokyo, HEARER))[-1]
     go_on(guests_processes(virginia))
