@@ -80,6 +80,8 @@ class Surroundings:
     directory: Path
     sockets: Path
     lease: Lease
+    entitled: Callable[[Record], bool]
+    """Whether a lease-bound copy has the right to run at this moment."""
 
 
 class LocalGuest:
@@ -201,16 +203,24 @@ class LocalGuest:
             arguments += ["--mode", mode]
         if incoming:
             arguments += ["--resume"]
-        if record.lease_bound:
-            # From its first instruction on: who would tell the shim later may be gone by then.
-            self.deadline_ns = self._around.lease.deadline_ns
-            arguments += ["--lease", str(self.deadline_ns)]
         self._control.unlink(missing_ok=True)
+        if record.lease_bound:
+            arguments += ["--lease", str(self._first_deadline())]
         self.shim = await self._around.helpers.start(
             "guest", arguments, control=self._control, log=self.directory / "shim.log"
         )
         self.phase = "paused" if incoming else "running"
         await self._get_memory()
+
+    def _first_deadline(self) -> int:
+        """From its first instruction on: who would tell the shim later may be gone by then.
+
+        Nothing may happen between this and the start of the shim, or the right could go elsewhere first.
+        """
+        if not self._around.entitled(self.record):
+            raise OperationError("conflict", f"{self.record.key} has gone elsewhere meanwhile")
+        self.deadline_ns = self._around.lease.deadline_ns
+        return self.deadline_ns
 
     @property
     def _control(self) -> Path:

@@ -64,7 +64,7 @@ class Guests:
         self.events = events
         self.images = images
         self.lease = lease
-        self.around = Surroundings(helpers, ports, config.guests, config.runtime, lease)
+        self.around = Surroundings(helpers, ports, config.guests, config.runtime, lease, self.entitled)
         self.processor = host.processor()
         self.clock = clock
         self.adopted = trio.Event()
@@ -108,14 +108,17 @@ class Guests:
 
     # Leases.
 
+    def entitled(self, record: Record) -> bool:
+        """Whether this copy may run as long as the lease holds, by what the catalog says at this moment."""
+        return entitled(record, self.catalog.state, self.me)
+
     def _entitled(self) -> list[LocalGuest]:
         """The lease-bound guests here that may run as long as the lease holds.
 
         A stale copy is none of them: it gets no further lease, so its shim lets it run no more.
         """
         found = (keeper.local for keeper in self._keepers.values())
-        state = self.catalog.state
-        return [local for local in found if local is not None and entitled(local.record, state, self.me)]
+        return [local for local in found if local is not None and self.entitled(local.record)]
 
     async def _wake_with_lease(self) -> None:
         """Guests that stand still, or wait to start, go on when there is a lease again."""

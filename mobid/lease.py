@@ -61,7 +61,3 @@ class Lease:
         self.changed.set()
         if not held and self.valid:
             self.gained.set()
-
-    async def wait_valid(self) -> None:
-        """Return at a moment at which the lease holds; waits for a renewal if need be."""
-        await self.changed.wait_until(lambda: self.valid)

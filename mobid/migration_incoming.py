@@ -131,12 +131,15 @@ class Incoming(Shell):
         self._broken("the process that receives has ended")
 
     async def _await_lease(self) -> None:
-        """The shim decides again at the go-ahead, by the deadline that it was told."""
-        lease = self.around.guests.lease
-        await lease.wait_valid()
-        if self.local is not None and self.local.deadline_ns < lease.deadline_ns:
-            with suppress(HelperError):
-                await self.local.extend_lease(lease.deadline_ns)
+        """Until the guest may run by this peer's lease: not by a new one that came with the news that the
+        source has the guest back. The shim decides again at the go-ahead, by the deadline it was told.
+        """
+        guests, local = self.around.guests, self.local
+        if local is None:
+            return
+        await guests.lease.changed.wait_until(lambda: guests.lease.valid and guests.entitled(local.record))
+        with suppress(HelperError):
+            await local.extend_lease(guests.lease.deadline_ns)
         self.feed(ev.LeaseValid())
 
     def _broken(self, reason: str) -> None:

@@ -14,8 +14,10 @@ import pytest
 import trio
 
 from mobid.tasks import background
+from proto.api import OperationError
 from tests.built import missing
 from tests.guest.beats import BEAT, Beats, heard, speak
+from tests.guest.faults import held
 from tests.guest.hosts import everything, go_on, guests_processes, helpers_of, stop
 from tests.guest.peers import PeerProcess, eventually
 from tests.guest.witness import joined
@@ -138,6 +140,34 @@ async def test_a_guest_that_needs_no_lease_goes_on(mesh: list[PeerProcess], beat
     finally:
         go_on([virginia.process.pid])
     assert not events(virginia, "guest.frozen")
+
+
+async def test_a_peer_without_a_majority_shows_its_guest_frozen(
+    mesh: list[PeerProcess], beats: Beats
+) -> None:
+    """Its mobid is there, the only voter is not. When that is back, the guest goes on here or starts anew
+    there, as the coordinator decides, and never both."""
+    tokyo, virginia = mesh
+    guest = await one(virginia, beats)
+    assert tokyo.process is not None
+    stop([tokyo.process.pid])
+    try:
+        await eventually(lambda: shown_as(virginia, guest, "frozen"))
+        (row,) = [row for row in await virginia.call("vm.ls") if row["vm"] == "one"]
+        assert row["state"] == "frozen"
+        with pytest.raises(OperationError, match="has no lease") as caught:
+            await virginia.execute("one", "true")
+        assert caught.value.code == "conflict"
+        assert "goes on by itself" in caught.value.hint
+        await beats.stands(guest)
+    finally:
+        go_on([tokyo.process.pid])
+    await eventually(lambda: shown_as(virginia, guest, "running"))
+    assert not beats.twice(guest)
+
+
+async def shown_as(peer: PeerProcess, guest: str, state: str) -> bool:
+    return await state_of(peer, guest) == state
 
 
 async def begin_pair(mesh: list[PeerProcess], beats: Beats) -> None:
@@ -264,3 +294,55 @@ async def test_a_move_ends_when_the_lease_does(mesh: list[PeerProcess], beats: B
     await beats.goes_on(guest)
     assert await state_of(tokyo, guest) == "running"
     assert (await tokyo.call("vm.show", {"vm": guest}))["peer"] == "tokyo"
+
+
+async def test_a_destination_that_stands_still_before_it_runs(tmp_path: Path, helper_binary: Path) -> None:
+    """It has everything and the release, and is stopped. Its lease runs out, and the source's copy goes on;
+    the destination wakes up with the go-ahead next in its hands, and never runs the guest."""
+    names = ("tokyo", "virginia")
+    tokyo, virginia = (
+        PeerProcess(
+            tmp_path / name,
+            name,
+            {"MOBI_HELPER": str(helper_binary), "MOBI_BREAKPOINTS": str(tmp_path / f"{name}.breakpoints")},
+        )
+        for name in names
+    )
+    async with AsyncExitStack() as stack:
+        for peer in (tokyo, virginia):
+            await peer.start()
+            stack.push_async_callback(ended, peer)
+        token = await tokyo.call("peer.token.new", {})
+        await virginia.call("peer.join", {"token": token["token"]})
+        await eventually(lambda: joined(virginia, 2))
+        beats = Beats((tokyo, virginia))
+        stack.callback(beats.close)
+        await stack.enter_async_context(background(beats.run))
+        guest = await one(tokyo, beats)
+        async with trio.open_nursery() as nursery:
+            records: list[Row] = []
+
+            async def move() -> None:
+                records.append(await tokyo.call("vm.migrate", {"vm": guest, "to": "virginia"}))
+
+            nursery.start_soon(move)
+            async with held(virginia, "destination.Start"):
+                host = everything(virginia)
+                stop(host)
+                await eventually(lambda: in_epoch(tokyo, guest, 3))
+                await beats.goes_on(guest)
+            go_on(reversed(host))
+        assert not records[0]["ok"], records
+        await eventually(lambda: nothing_of_it(virginia))
+        await beats.goes_on(guest)
+        assert await state_of(tokyo, guest) == "running"
+        assert {beat.copy.partition(":")[0] for beat in beats.of(guest)} == {"tokyo"}
+        assert len({beat.boot for beat in beats.of(guest)}) == 1
+
+
+async def in_epoch(peer: PeerProcess, guest: str, epoch: int) -> bool:
+    return bool((await peer.call("vm.show", {"vm": guest}))["epoch"] == epoch)
+
+
+async def nothing_of_it(peer: PeerProcess) -> bool:
+    return not any((peer.directory / "guests").iterdir()) and not helpers_of(peer, "guest")

@@ -64,22 +64,3 @@ async def test_a_gap_between_two_leases_is_told() -> None:
         await wait_all_tasks_blocked()
         assert gained == 2
         nursery.cancel_scope.cancel()
-
-
-async def test_whoever_waits_is_woken_by_a_renewal_that_holds() -> None:
-    clock = Clock()
-    lease = Lease(clock)
-    woken = trio.Event()
-
-    async def wait() -> None:
-        await lease.wait_valid()
-        woken.set()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(wait)
-        await wait_all_tasks_blocked()
-        lease.extend(99)
-        await wait_all_tasks_blocked()
-        assert not woken.is_set()
-        lease.extend(103)
-        await woken.wait()
