@@ -44,6 +44,7 @@ class Node:
     def __init__(self, directory: Path, name: str) -> None:
         directory.mkdir()
         self.name = name
+        self.deaf: trio.Event | None = None
         self.identity = load_or_create(directory / "identity.pem")
         self.state = State()
         self.changed = Changed()
@@ -74,6 +75,8 @@ class Node:
 
     @operation("ping", role="viewer")
     async def ping(self, request: Request, _args: api.Nothing) -> dict[str, Any]:
+        if self.deaf is not None:
+            await self.deaf.wait()
         return {"by": request.caller.name}
 
     @operation("vm.exec", role="operator", args=api.VmExec, route="guest", timeout=None)
@@ -113,6 +116,24 @@ async def test_calls_and_pings(socket_dir: Path) -> None:
             await tokyo.links.call(there, "no.such")
         with pytest.raises(OperationError, match="is no member of this mesh"):
             await tokyo.links.call("0" * 16, "ping")
+
+
+async def test_a_connection_without_answers_is_given_up_and_made_anew(socket_dir: Path) -> None:
+    async with nodes(socket_dir) as (tokyo, virginia):
+        there = virginia.identity.id
+        assert await tokyo.links.call(there, "ping") == {"by": "tokyo"}
+        shared = tokyo.links._links[there].client
+        virginia.deaf = trio.Event()
+        for _ in range(2):
+            assert tokyo.links._links[there].client is shared
+            with pytest.raises(OperationError) as caught:
+                await tokyo.links.call(there, "ping", timeout=0.2)
+            assert caught.value.code == "timeout"
+        assert tokyo.links._links[there].client is None
+        virginia.deaf = None
+        assert await tokyo.links.call(there, "ping") == {"by": "tokyo"}
+        tokyo.links.drop(there)
+        assert await tokyo.links.ping(there) > 0
 
 
 async def test_a_request_about_a_guest_is_passed_on_with_items_and_inputs(socket_dir: Path) -> None:
