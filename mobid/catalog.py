@@ -29,7 +29,7 @@ from mobid.mail import FAREWELL
 from mobid.signal import Changed
 from mobid.stamps import HybridClock
 from mobid.store import Store
-from proto import entries, versions
+from proto import entries, hlc, versions
 from proto.api import OperationError
 from proto.lease_events import Deadline, PeerFound, PeerLost
 from proto.log import MAX_PAYLOAD
@@ -251,6 +251,7 @@ class Catalog:
                 self._take(effect)
             case Restored(state):
                 self._state = state
+                self._stamps.witness(hlc.of_time(state.time))
                 self._backlog.clear()
                 self._first = state.index + 1
                 self._changed.set()

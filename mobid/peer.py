@@ -138,7 +138,11 @@ class Peer:
 
     async def _carry_out(self, request: ServedRequest, args: dict[str, Any]) -> Any:
         await self._composed.wait()
-        return await self.operations.run(request, args)
+        result = await self.operations.run(request, args)
+        if not self.catalog.leader:
+            # What changes something could not have been done: this was a question, answered from an old copy.
+            request.remark = f"this may be old: {self.catalog.no_leader().message}"
+        return result
 
     def _post(self, peer: str, data: bytes) -> None:
         self.mail.send(peer, data)

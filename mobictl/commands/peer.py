@@ -186,7 +186,8 @@ def status(session: Session) -> None:
 def leader(session: Session) -> None:
     """Show who coordinates the mesh."""
     found = session.call("leader")
-    session.show(found, tables.page(found))
+    silence = {name: f"silent for {tables.seconds(value)}" for name, value in found["missing"].items()}
+    session.show(found, tables.page({**found, "leader": found["leader"] or "none", "missing": silence}))
 
 
 def _token_text(token: str) -> str:

@@ -135,3 +135,39 @@ def test_when_nobody_is_left_it_says_so_after_a_while(mesh: Cli) -> None:
     assert events.returncode == 1
     assert "cannot be reached" in errors
     assert "another peer is asked" in errors
+
+
+def alone(cli: Cli) -> None:
+    """Kill two of the three voters."""
+    for name in ("peer2", "peer3"):
+        os.kill(pid(cli, name), signal.SIGKILL)
+
+
+def test_without_a_majority_changes_are_refused_and_questions_are_answered(mesh: Cli) -> None:
+    alone(mesh)
+    error = mesh.error("peer", "token", "new")
+    assert error["code"] == "no-leader"
+    assert "1 of 3 voters answer; missing: peer2 (silent for " in error["message"]
+    for question in (("peer", "ls"), ("vm", "ls"), ("leader",)):
+        done = mesh(*question)
+        assert "this may be old: no coordinator" in done.stderr
+        assert "missing: peer2" in done.stderr
+        assert "this may be old" not in done.stdout
+    found = mesh.json("leader")
+    assert (found["leader"], found["missing"].keys()) == (None, {"peer2", "peer3"})
+    page = mesh("leader").stdout
+    assert "leader       none" in page
+    assert "silent for" in page
+
+
+def test_a_command_waits_for_the_mesh_to_have_a_coordinator_again(mesh: Cli) -> None:
+    alone(mesh)
+    waiting = mesh.start("peer", "token", "new")
+    assert waiting.stderr is not None
+    line = waiting.stderr.readline()
+    assert "no coordinator yet" in line
+    mesh("up", "--peers", "3", "--quiet")
+    out, errors = waiting.communicate(timeout=TIMEOUT)
+    assert waiting.returncode == 0, errors
+    assert out.startswith("mobi")
+    assert len(mesh.json("peer", "token", "ls")) >= 1

@@ -30,7 +30,9 @@ async def test_a_token_asked_for_twice_is_one_token(mesh: Mesh) -> None:
     assert "is spent" in mesh.peer("kyoto").fails(token=lost["token"])
     another = await attempt(tokyo, "peer.token.new", OTHER)
     assert another["id"] != heard["id"]
-    assert KEY.encode() not in (tokyo.directory / "catalog.log").read_bytes(), "the secret follows from it"
+    assert KEY.encode() not in (tokyo.directory / "catalog" / "log").read_bytes(), (
+        "the secret follows from it"
+    )
 
 
 async def test_an_eviction_asked_for_twice_is_one(mesh: Mesh) -> None:
