@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.cli import TIMEOUT, Cli, clean, home
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -138,7 +139,8 @@ def test_when_nobody_is_left_it_says_so_after_a_while(mesh: Cli) -> None:
 
 
 def alone(cli: Cli) -> None:
-    """Kill two of the three voters."""
+    """Kill two of the three voters, once they are."""
+    wait_for(lambda: len(cli.json("leader")["voters"]) == 3)
     for name in ("peer2", "peer3"):
         os.kill(pid(cli, name), signal.SIGKILL)
 
