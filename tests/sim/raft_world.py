@@ -103,6 +103,8 @@ class Host:
     writes: deque[ev.Durable] = field(default_factory=deque)
     role: str = ""
     led: int = 0
+    nap: bool = False
+    """It stops for a while after its next heartbeat."""
 
     def clock(self, now: float) -> float:
         return self.offset + self.rate * now
@@ -148,6 +150,15 @@ class World:
         self.payloads = itertools.count(1)
         self.calm = False
         self.answered = self.looked = 0
+        plain = [self.crash, self.cut, self.cut_one_way, self.split, self.heal, self.pause, self.slow_disk]
+        planned = [self.coup, self.hand_over, self.amnesia, self.nap]
+        self.faults = [*plain, *plain, self.heal, self.lose_disk, *planned]
+        self.undisturbed_until = 0.0
+        """No other fault while a planned one takes its course."""
+        self.idle_until = 0.0
+        """Nor anything that would make the log of a voter that is cut off too old to win."""
+        if rng.random() < 0.3:
+            self.faults = [*planned, self.heal]
         self.found(names[: rng.randint(1, min(count, 5))])
 
     def found(self, voters: list[str]) -> None:
@@ -238,26 +249,17 @@ class World:
     # Faults.
 
     def disturb(self) -> None:
+        if self.now < self.undisturbed_until:
+            return
         host = self.rng.choice(list(self.hosts.values()))
-        fault = self.rng.choice(
-            (
-                self.crash,
-                self.crash,
-                self.cut,
-                self.cut_one_way,
-                self.split,
-                self.heal,
-                self.heal,
-                self.pause,
-                self.slow_disk,
-                self.lose_disk,
-            )
-        )
+        fault = self.rng.choice(self.faults)
         fault(host)
 
-    def crash(self, host: Host) -> None:
+    def crash(self, host: Host, down: float | None = None) -> None:
         if host.machine is None:
             return
+        if down is None:
+            down = self.rng.choice((0.01, 0.5, 3.0)) * self.rng.random()
         self.note(host, "crashes")
         host.machine = None
         host.life += 1
@@ -266,17 +268,12 @@ class World:
             host.disk.write(host.writes.popleft())
         host.writes.clear()
         host.disk_free = self.now
-        self.at(self.rng.choice((0.01, 0.5, 3.0)) * self.rng.random(), lambda: self.start(host))
+        self.at(down, lambda: self.start(host))
 
     def lose_disk(self, host: Host) -> None:
         """Only as much as the others can make good: one voter of three or more at a time."""
-        for other in self.hosts.values():
-            if other.machine is None or other.disk.recovering or other.machine.recovering:
-                return
-            configuration = other.machine.configuration
-            voters = (configuration.voters, configuration.outgoing)
-            if any(0 < len(part) < 3 for part in voters):
-                return
+        if not self.may_lose():
+            return
         if self.rng.random() < 0.5:
             self.crash(host)
             disk = host.disk
@@ -288,6 +285,103 @@ class World:
                 host.disk = replace(disk, records=keep, recovering=True)
                 host.disk.commit = 0
             self.note(host, "has lost its disk")
+
+    def coup(self, _host: Host) -> None:
+        """The worst moment for a lease: the leader is heard by all but one voter, which campaigns; at that
+        moment the leader is cut off, while it is asked, and perhaps the others have just started again."""
+        leader = self.leading()
+        if leader is None or leader.machine is None:
+            return
+        others = sorted(leader.machine.configuration.voters - {leader.name})
+        if not others:
+            return
+        rival = self.hosts[self.rng.choice(others)]
+        self.blocked.clear()
+        restart, self.undisturbed_until = self.rng.random() < 0.5, self.now + 2.5
+        self.idle_until = self.now + 1.5
+
+        def watch() -> None:
+            if self.calm or self.now > self.undisturbed_until:
+                return
+            if rival.role != "candidate":
+                self.at(0.003, watch)
+                return
+            self.cut(leader)
+            for name in others if restart else ():
+                if name != rival.name:
+                    self.crash(self.hosts[name], 0.001)
+            self.press(leader)
+
+        def begin() -> None:
+            if self.calm:
+                return
+            self.blocked |= {(leader.name, rival.name), (rival.name, leader.name)}
+            watch()
+
+        self.at(0.2, begin)
+
+    def hand_over(self, _host: Host) -> None:
+        """The leader hands over and hears nothing more, while it is asked."""
+        leader = self.leading()
+        if leader is None or leader.machine is None:
+            return
+        self.blocked.clear()
+        self.feed(leader, ev.TransferTo(self.rng.choice(sorted(leader.machine.configuration.voters))))
+        self.blocked |= {(other, leader.name) for other in self.hosts}
+        self.press(leader)
+
+    def nap(self, _host: Host) -> None:
+        """The leader stops between a round and its answers, and hears of them when others may lead."""
+        leader = self.leading()
+        if leader is None or leader.machine is None:
+            return
+        self.blocked.clear()
+        leader.nap = True
+        self.undisturbed_until = self.now + 2.5
+
+        def cut_off() -> None:
+            if not self.calm:
+                self.cut(leader)
+
+        self.at(0.5, cut_off)
+        self.at(0.9, lambda: self.press(leader))
+
+    def press(self, host: Host) -> None:
+        """For a while everybody who leads appends, and this host is asked."""
+        if self.calm:
+            return
+        self.undisturbed_until = self.now + 1.2
+        for step in range(1, 60):
+            self.at(0.02 * step, lambda: self.ask_of(host, False))
+            if step % 4 == 0:
+                self.at(0.02 * step, self.propose_everywhere)
+
+    def leading(self) -> Host | None:
+        """The leader of the highest term."""
+        found = [host for host in self.hosts.values() if host.machine and host.machine.role == "leader"]
+        return max(found, key=lambda host: host.machine.term if host.machine else 0, default=None)
+
+    def amnesia(self, _host: Host) -> None:
+        """One voter is behind, another one loses its disk, and then the leader is gone."""
+        leader = self.leading()
+        if leader is None or leader.machine is None or len(leader.machine.configuration.voters) != 3:
+            return
+        behind, lost = self.rng.sample(sorted(leader.machine.configuration.voters - {leader.name}), 2)
+        if not self.may_lose():
+            return
+        self.blocked.clear()
+        self.cut(self.hosts[behind])
+        self.propose()
+        self.undisturbed_until = self.now + 3.0
+
+        def strike() -> None:
+            if not self.calm and self.may_lose() and leader.machine and leader.machine.role == "leader":
+                self.crash(self.hosts[lost], 0.001)
+                self.hosts[lost].disk = Disk(self.hosts[lost].disk.ballot, recovering=True)
+                self.crash(leader, 6.0)
+                self.blocked.clear()
+
+        self.at(0.3, strike)
 
     def start(self, host: Host) -> None:
         if host.machine is not None:
@@ -301,6 +395,16 @@ class World:
         host.machine = Raft(host.name, stored, SETTINGS, random.Random(self.rng.random()))
         self.feed(host, Woken(ev.TIMER))
         self.feed(host, ev.Contacts(tuple(name for name in self.hosts if name != host.name)))
+
+    def may_lose(self) -> bool:
+        """Whether all are up, all remember, and three or more vote."""
+        for host in self.hosts.values():
+            if host.machine is None or host.disk.recovering or host.machine.recovering:
+                return False
+            configuration = host.machine.configuration
+            if any(0 < len(part) < 3 for part in (configuration.voters, configuration.outgoing)):
+                return False
+        return True
 
     def cut(self, host: Host) -> None:
         for other in self.hosts:
@@ -355,21 +459,32 @@ class World:
         return self.rng.choice(list(self.hosts.values()))
 
     def propose(self) -> None:
+        if self.now < self.idle_until:
+            return
         payloads = tuple(b"%d" % next(self.payloads) for _ in range(self.rng.choice((1, 1, 3, 20))))
         self.feed(self.somebody(), ev.Propose(payloads))
 
+    def propose_everywhere(self) -> None:
+        for host in self.hosts.values():
+            if host.role == "leader":
+                self.feed(host, ev.Propose((b"%d" % next(self.payloads),)))
+
     def ask(self) -> None:
-        host = self.somebody()
+        self.ask_of(self.somebody(), self.rng.random() < 0.5)
+
+    def ask_of(self, host: Host, fresh: bool) -> None:
         if host.machine and host.paused_until <= self.now:
-            cookie, fresh = next(self.cookies), self.rng.random() < 0.5
+            cookie = next(self.cookies)
             self.questions[cookie] = Question(host.name, self.now, len(self.committed), fresh)
             self.feed(host, ev.Read(cookie, fresh))
 
     def steer(self) -> None:
         host = self.somebody()
+        if self.now < self.undisturbed_until:
+            return
         if self.rng.random() < 0.4:
             names = sorted(self.hosts)
-            size = self.rng.choice([1, 2, 3, 3, 3, 5])
+            size = self.rng.choice([1, 2, 3, 3, 3, 3, 5, 5, 5])
             lost = {other.name for other in self.hosts.values() if other.disk.recovering}
             voters = frozenset(self.rng.sample(names, min(size, len(names)))) - lost
             if lost and host.machine:
@@ -403,6 +518,8 @@ class World:
         for effect in machine.handle(event, host.clock(self.now)):
             self.note(host, effect)
             ACTIONS[type(effect)](self, host, effect)
+        if host.nap and machine.role == "leader" and isinstance(event, Woken):
+            host.nap, host.paused_until = False, self.now + 0.95
         if machine.role == "leader" and host.led != machine.term:
             raise Violation(f"{host.name} leads without having said so")
 
