@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ async def mesh(tmp_path: Path, helper_binary: Path) -> AsyncIterator[list[PeerPr
         for number, peer in enumerate(peers[1:], 2):
             token = await peers[0].call("peer.token.new", {})
             await peer.call("peer.join", {"token": token["token"]})
-            await eventually(lambda peer=peer, number=number: joined(peer, number))
+            await eventually(partial(joined, peer, number))
         await eventually(lambda: three_voters(peers[0]))
         await peers[0].call("lab.up", {"lab": json.dumps(PAIR)})
         yield peers
@@ -78,7 +79,7 @@ async def ended(peer: PeerProcess) -> None:
 
 @pytest.fixture
 async def beats(mesh: list[PeerProcess]) -> AsyncIterator[Beats]:
-    found = Beats(mesh)
+    found = Beats({peer.name: peer.directory for peer in mesh})
     async with background(found.run):
         yield found
     found.close()
@@ -185,9 +186,9 @@ def frozen_cgroup(name: str, pids: list[int]) -> Iterator[None]:
         yield
     finally:
         (group / "freezer.state").write_text("THAWED")
-        for pid in (group / "cgroup.procs").read_text().split():
+        for line in (group / "cgroup.procs").read_text().splitlines():
             with suppress(OSError):
-                (FREEZER / "cgroup.procs").write_text(pid)
+                (FREEZER / "cgroup.procs").write_text(line)
         with suppress(OSError):
             group.rmdir()
 

@@ -315,7 +315,7 @@ async def test_a_destination_that_stands_still_before_it_runs(tmp_path: Path, he
         token = await tokyo.call("peer.token.new", {})
         await virginia.call("peer.join", {"token": token["token"]})
         await eventually(lambda: joined(virginia, 2))
-        beats = Beats((tokyo, virginia))
+        beats = Beats({peer.name: peer.directory for peer in (tokyo, virginia)})
         stack.callback(beats.close)
         await stack.enter_async_context(background(beats.run))
         guest = await one(tokyo, beats)
