@@ -169,6 +169,10 @@ class Guests:
         """Wait until nothing of the guest with this id is here."""
         await self._departed.wait_until(lambda: id not in self._keepers)
 
+    def here(self) -> list[str]:
+        """The guests (LAB/NAME) that have files or processes here."""
+        return sorted(keeper.local.record.key for keeper in self._keepers.values() if keeper.local)
+
     def held(self) -> list[LocalGuest]:
         """The guests that a migration had its hand on, also one of an earlier peer process."""
         return [keeper.local for keeper in self._keepers.values() if keeper.held and keeper.local]

@@ -62,19 +62,24 @@ async def join(identity: Identity, text: str, name: str, site: str, address: str
 
 async def _knock(doors: Sequence[tuple[str, bytes]], op: str, args: api.Arguments) -> dict[str, Any]:
     reason = OperationError("unreachable", "the token names no address")
-    context = tls.client_context(None)
-    for address, key in doors:
+    for door in doors:
         try:
-            with trio.fail_after(JOIN_TIMEOUT):
-                stream = await connect_tls(address, context, key, "the mesh")
-                client = rpc.Client(stream, address)
-                async with background(client.run):
-                    answer: dict[str, Any] = await client.call(op, args, JOIN_TIMEOUT)
-                    return answer
+            answer: dict[str, Any] = await ask_door(door, op, args, JOIN_TIMEOUT)
+            return answer
         except OperationError as error:
             reason = error
             if error.code not in ("unreachable", "timeout", "no-leader"):
                 raise
-        except trio.TooSlowError:
-            reason = OperationError("timeout", f"{address} did not answer within {JOIN_TIMEOUT:g} s")
     raise reason
+
+
+async def ask_door(door: tuple[str, bytes], op: str, args: api.Arguments, timeout: float) -> Any:
+    """Ask the peer with this address and key as a stranger, without a certificate. Raises
+    `OperationError`."""
+    address, key = door
+    with trio.move_on_after(timeout):
+        stream = await connect_tls(address, tls.client_context(None), key, "the mesh")
+        client = rpc.Client(stream, address)
+        async with background(client.run):
+            return await client.call(op, args, timeout)
+    raise OperationError("timeout", f"{address} did not answer within {timeout:g} s")

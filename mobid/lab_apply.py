@@ -189,8 +189,10 @@ class LabChanges:
         guest = self._catalog.state.guests.get(key)
         if guest is None or _is_there(before, guest):
             return True
+        if guest.state in ("lost", "fenced") or self._links.liveness(guest.owner).state == "dead":
+            return True
         # One that failed before and is wanted again has not been tried yet.
-        return guest.state == "lost" or (guest.state == "failed" and guest.wanted != "running")
+        return guest.state == "failed" and guest.wanted != "running"
 
     def _trouble(self, before: State, key: str) -> str:
         guest = self._catalog.state.guests.get(key)
@@ -198,6 +200,11 @@ class LabChanges:
             return f"{key} was removed meanwhile"
         if _is_there(before, guest):
             return ""
+        if self._links.liveness(guest.owner).state == "dead":
+            owner = self._catalog.state.peer_name(guest.owner)
+            return (
+                f"{key} is at {owner}, which does not answer; it becomes what the file says when that is back"
+            )
         why = guest.message or guest.exit_reason
         return f"{key} is {guest.state}" + (f": {why}" if why else "")
 

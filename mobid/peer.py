@@ -55,6 +55,7 @@ from mobid.recovery import Known, open_store, present, read_known, write_known
 from mobid.rpc import ServedRequest
 from mobid.server import Server, open_tcp, open_unix
 from mobid.stamps import HybridClock
+from mobid.standing import Standing
 from mobid.store import Store
 from mobid.users import Users
 from proto import api, entries, tokens, versions
@@ -121,7 +122,8 @@ class Peer:
         self._closing: list[Callable[[], Awaitable[None]]] = []
         history = EventService(self.events, self.stamps, self.links, self._members)
         users = Users(self.catalog, self.events.emit)
-        for part in (self, self.mesh, users, history):
+        self.standing = Standing(identity.id, self.catalog, self._left_behind)
+        for part in (self, self.mesh, self.standing, users, history):
             self.operations.add(part)
         if not self.catalog.empty:
             self.catalog.begin()
@@ -240,6 +242,7 @@ class Peer:
                 nursery.start_soon(server.serve, self._tcp, unix)
                 await self._compose(nursery)
                 nursery.start_soon(self._keep_membership)
+                nursery.start_soon(self.standing.run)
                 nursery.start_soon(self._keep_known)
                 nursery.start_soon(self._report_leaders)
                 self.events.emit("peer.started", version=version())
@@ -351,9 +354,15 @@ class Peer:
             )
             await self._tell(update)
         await self.catalog.wait(lambda state: state.members[self.id].status == "left")
-        if self.outcome is not Outcome.LEFT:
+        await self._left_behind()
+
+    async def _left_behind(self) -> None:
+        """This peer is no member any more: its guests end, and then it."""
+        if self.outcome not in (Outcome.LEFT, Outcome.EVICTED):
             self.outcome = Outcome.EVICTED
             self.events.emit("peer.evicted")
+            for key in self.guests.here():
+                self.events.emit("guest.discarded", guest=key, reason="its peer was evicted")
         await self._end_guests()
         self._end_soon()
 

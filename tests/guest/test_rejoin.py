@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from mobictl.helpers import alive
 from proto.api import OperationError
@@ -99,6 +100,25 @@ async def test_a_guest_lost_with_an_evicted_peer_begins_anew_elsewhere(mesh: lis
     assert (await row(tokyo, "pair/b"))["state"] == "lost"
     started = await tokyo.call("vm.start", {"vm": "pair/b"})
     assert (started["peer"], started["state"], started["epoch"]) == ("tokyo", "running", 2)
+
+
+async def test_a_peer_that_was_evicted_while_away_ends_its_guests_when_it_is_back(
+    mesh: list[PeerProcess],
+) -> None:
+    tokyo, virginia = mesh
+    before = await pids(virginia, "pair/b")
+    virginia.kill()
+    await tokyo.call("peer.evict", {"peer": "virginia"})
+    assert (await tokyo.call("vm.start", {"vm": "pair/b"}))["peer"] == "tokyo"
+    assert alive(before["shim"])
+    await virginia.start()
+    assert virginia.process is not None
+    with trio.fail_after(90):
+        await trio.to_thread.run_sync(virginia.process.wait)
+    assert not [pid for pid in before.values() if alive(pid)]
+    lines = (virginia.directory / "events.ndjson").read_text().splitlines()
+    assert any('"guest.discarded"' in line and "evicted" in line for line in lines)
+    assert (await tokyo.execute("pair/b", "true"))[0] == 0
 
 
 async def test_a_guest_that_crashes_while_nobody_decides_is_started_again(mesh: list[PeerProcess]) -> None:
