@@ -253,10 +253,12 @@ class Grantor:
         A grantor that was itself away for a while has heard nobody, so it gives everybody the time of two
         more requests, once; that is only ever later than it need be.
         """
+        if not self._settled:
+            return []  # a timer of an earlier time as coordinator; `settle` sets the first of this one
         effects: list[GrantorEffect] = []
         away = now > self._due + self._margin
         for peer, known in self._peers.items():
-            if now < self._expiry(known) or not self._settled:
+            if now < self._expiry(known):
                 continue
             if away and known.told is None and not known.graced:
                 known.graced = True

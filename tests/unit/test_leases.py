@@ -166,6 +166,13 @@ def test_before_the_log_is_known_nobody_is_lost_and_a_lease_found_in_it_counts_f
     assert made.out("p", 10 * (1 + DRIFT) + MARGIN)
 
 
+def test_a_timer_of_an_earlier_leadership_wakes_nobody_again_and_again() -> None:
+    made = Grantor(2, 0.0, DRIFT, MARGIN, 100.0)
+    made.members({"p": D}, (), 100.0)
+    assert made.woken(100.0 + 2 * ENOUGH) == []
+    assert any(isinstance(effect, WakeAt) for effect in made.settle(100.0 + 2 * ENOUGH))
+
+
 def test_a_newcomer_has_time_to_ask() -> None:
     made = grantor()
     made.members({"p": D, "new": D}, (), 50.0)
