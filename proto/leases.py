@@ -271,7 +271,7 @@ class Grantor:
     def _plan(self, now: float) -> list[GrantorEffect]:
         """Wake when the next lease runs out, or the next lost peer is to be named again."""
         times = (
-            self._expiry(known) if known.told is None else known.told + TELL_AGAIN
+            max(self._expiry(known), 0.0 if known.told is None else known.told + TELL_AGAIN)
             for known in self._peers.values()
         )
         self._due = max(now, min(times, default=now + TELL_AGAIN))

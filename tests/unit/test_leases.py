@@ -173,6 +173,16 @@ def test_a_timer_of_an_earlier_leadership_wakes_nobody_again_and_again() -> None
     assert any(isinstance(effect, WakeAt) for effect in made.settle(100.0 + 2 * ENOUGH))
 
 
+def test_a_lost_peer_whose_longest_lease_grows_is_named_again_only_when_that_is_out() -> None:
+    made = grantor()
+    assert lost(made.woken(ENOUGH)) == ["p"]
+    made.members({"p": 10 * D}, (), ENOUGH)
+    late = ENOUGH + 2.0
+    (wake,) = made.woken(late)
+    assert isinstance(wake, WakeAt)
+    assert wake.at == pytest.approx(10 * D * (1 + DRIFT) + MARGIN)
+
+
 def test_a_newcomer_has_time_to_ask() -> None:
     made = grantor()
     made.members({"p": D, "new": D}, (), 50.0)
