@@ -121,7 +121,7 @@ class World:
         self.last_grant = 0.0
         self.ran = False
         self.ran_and_died = False
-        ids = (migration.source, migration.destination, self.log.coordinator)
+        ids = (migration.source, migration.destination, self.log.find_peer("coordinator").id)
         self.hosts = {n: Host(n, i, k) for n, i, k in zip(("S", "D", "C"), ids, keys, strict=True)}
         self.by_id = {host.id: host for host in self.hosts.values()}
         self.S, self.D, self.C = self.hosts.values()
