@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import membership, mesh, migration
+from tests.bench import failover, membership, mesh, migration
 from tests.bench.report import Row, machine, show, write
 
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {"mesh": mesh.run, "migration": migration.run}
-PARTS: dict[str, Callable[[], list[Row]]] = {"membership": membership.run}
+PARTS: dict[str, Callable[[], list[Row]]] = {"failover": failover.run, "membership": membership.run}
 """What a benchmark includes and can be run alone."""
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

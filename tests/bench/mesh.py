@@ -25,7 +25,7 @@ import trio
 from mobid import rpc
 from mobid.tasks import background
 from proto.api import OperationError
-from tests.bench import etcd, membership
+from tests.bench import etcd, failover, membership
 from tests.bench.report import Row, figure
 from tests.guest.peers import PeerProcess, eventually
 from tests.guest.witness import run_to_end
@@ -145,7 +145,7 @@ def run() -> list[Row]:
     found = {"ours": Found(), "etcd": Found()}
     if failure := run_to_end(lambda: _measure(found)):
         raise RuntimeError(failure)
-    return [*_rows(found["ours"], found["etcd"]), *membership.run()]
+    return [*_rows(found["ours"], found["etcd"]), *failover.run(), *membership.run()]
 
 
 async def _measure(found: dict[str, Found]) -> None:

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.guest.beats import Beats
+from tests.guest.beats import Beat, Beats
 
 POLL = 0.05
 
@@ -43,6 +43,15 @@ class Witness:
         """How often a guest (LAB/NAME) has beaten so far."""
         with self._lock:
             return len(self._beats.of(guest))
+
+    def since(self, guest: str, at: float, peers: Collection[str]) -> list[Beat]:
+        """The beats of a guest at these peers from a time on (UTC), in order."""
+        with self._lock:
+            return [
+                beat
+                for beat in self._beats.of(guest)
+                if beat.at >= at and beat.copy.partition(":")[0] in peers
+            ]
 
     def wrong(self) -> list[str]:
         """All that must not be; empty if no guest ever ran twice."""
