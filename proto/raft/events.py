@@ -45,7 +45,8 @@ class Durable:
     """What to make durable, all of it, in this order; None and empty mean unchanged.
 
     `truncate`: records with an index from here on go first. `snapshot`: replaces everything up to its
-    index; `keep` is the first index of the records that stay in the log file (its end + 1 if none do).
+    index; `keep` is the first index of the records that stay in the log file (its end + 1 if none do);
+    the record before it, if it is the snapshot's last, has the snapshot's term, whatever the file said.
     `recovered`: the peer is not `Stored.recovering` any more; it would be after a restart without this.
     """
 

@@ -62,8 +62,10 @@ class Disk:
             self.snapshot = data.snapshot
         if data.keep is not None and data.keep > self.base_index + 1:
             kept = [record for record in self.records if record.index >= data.keep]
-            known = [record.term for record in self.records if record.index == data.keep - 1]
-            self.base_index, self.base_term = data.keep - 1, (known or [self.snapshot.term])[0]
+            known = {record.index: record.term for record in self.records}
+            if data.snapshot:
+                known[data.snapshot.index] = data.snapshot.term
+            self.base_index, self.base_term = data.keep - 1, known[data.keep - 1]
             self.records = kept
         if data.records:
             end = self.base_index + len(self.records)
@@ -550,7 +552,8 @@ class World:
         self.check_records(host, effect.data)
         host.writes.append(effect.data)
         life = host.life
-        host.disk_free = max(host.disk_free, self.now) + 0.004 * self.rng.random() * host.slow
+        if host.disk_free < self.now + 1.0:  # else it is written together with those that wait
+            host.disk_free = max(host.disk_free, self.now) + 0.004 * self.rng.random() * host.slow
 
         def due() -> None:
             if host.life == life:
