@@ -334,6 +334,11 @@ class Catalog:
             return frozenset()
         return self._machine.configuration.deciding
 
+    @property
+    def changing(self) -> bool:
+        """Whether one set of voters is being replaced by another: both must agree until it is."""
+        return self._machine is not None and self._machine.configuration.joint
+
     def missing(self) -> dict[str, float]:
         """The voters that do not answer, and for how many seconds they have been silent."""
         now = boottime()

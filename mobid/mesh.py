@@ -60,13 +60,17 @@ class Mesh:
 
     @operation("leader", role="viewer")
     async def leader(self, _request: Request, _args: api.Nothing) -> dict[str, Any]:
-        """Who coordinates; `missing` are the voters that do not answer, and for how many seconds."""
+        """Who coordinates; `changing`: the voters are just becoming others.
+
+        `missing` are the voters that do not answer, and for how many seconds.
+        """
         state, now = self._catalog.state, self._catalog.leadership
         missing = self._catalog.missing()
         return {
             "leader": state.peer_name(now.leader) if now.leader else None,
             "term": now.term,
             "voters": sorted(state.peer_name(peer) for peer in self._catalog.voters),
+            "changing": self._catalog.changing,
             "commit_index": state.index,
             "since": now.since,
             "missing": {state.peer_name(peer): round(silence, 1) for peer, silence in missing.items()},
