@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import trio
 
 from mobid.networks import Networks
-from mobid.operations import Request, operation
+from mobid.operations import Request, operation, step
 from mobid.tunnels import Reaching
 from proto import api, entries
 from proto.api import OperationError
@@ -26,7 +26,7 @@ class Proposing(Protocol):
     @property
     def state(self) -> State: ...
 
-    async def propose(self, entry: entries.Entry) -> int: ...
+    async def propose(self, entry: entries.Entry, *, request: str = "") -> int: ...
 
 
 class NetworkOperations:
@@ -101,7 +101,8 @@ class NetworkOperations:
             what.model_copy(update=change) if member in chosen else what
             for member, what in zip(network.members, now, strict=True)
         )
-        await self._catalog.propose(entries.SetImpairments(network=network.key, impairments=wanted))
+        entry = entries.SetImpairments(network=network.key, impairments=wanted)
+        await self._catalog.propose(entry, request=step(request))
         return _row(self._catalog.state.networks.get(network.key, network))
 
 
