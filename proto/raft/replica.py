@@ -11,8 +11,9 @@ the shell says that the write is durable, what depended on it goes on:
   is written, cut off and another one takes its index, the late word about the first write proves nothing
   about the second one (the ABA problem of asynchronous storage).
 
-Committed records are handed out as soon as they are known to be committed, durable here or not: a majority
-has them.
+Committed records are handed out once they are durable here too. A shell may so keep the index of what was
+applied (`Stored.commit`) beside the log: were it ahead of the log, a crash could leave older records under
+that index which were never committed.
 """
 
 from __future__ import annotations
@@ -251,10 +252,11 @@ class Replica:
         self.commit = max(self.commit, min(index, self.log.last_index))
 
     def hand_out(self) -> None:
-        """Give the committed records to the state, unless it waits for a snapshot."""
-        if self.applied < self.commit and self._restoring is None:
-            self.out.append(Commit(self.log.slice(self.applied + 1, self.commit)))
-            self.applied = self.commit
+        """Give what is committed, and durable here, to the state, unless it waits for a snapshot."""
+        end = min(self.commit, self.stable)
+        if self.applied < end and self._restoring is None:
+            self.out.append(Commit(self.log.slice(self.applied + 1, end)))
+            self.applied = end
 
     def take(self, prev_index: int, prev_term: int, records: tuple[Record, ...]) -> bool | None:
         """Make the log contain these records after the one before them.

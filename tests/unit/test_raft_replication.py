@@ -192,12 +192,39 @@ def test_two_followers_may_commit_while_the_leaders_disk_is_slow() -> None:
         campaign a
         hold a
         propose a x
-        a applied=x
-        crash a
-        start a
+        a commit=3 applied=
+        propose a y
+        b applied=x,y
+        disk a
+        a applied=x,y
+    """)
+
+
+def test_what_is_applied_is_durable_so_that_its_index_may_be_kept() -> None:
+    """An older tail on disk must not be taken for what was committed in its place."""
+    scene = Scene("a b c")
+    scene.play("""
+        campaign a
+        cut a
+        propose a lost lost lost
         campaign b
+        propose b x y z
+        hold a
+        heal
         beat b
-        a applied=x
+        disk a 1
+        a log=2,3,3,3,3 commit=6 applied=
+    """)
+    actor = scene.actors["a"]
+    assert actor.machine is not None
+    applied = actor.machine.applied_index
+    scene.play("crash a")
+    actor.disk.commit = applied
+    scene.play("""
+        start a
+        a applied=
+        beat b
+        a applied=x,y,z
     """)
 
 
