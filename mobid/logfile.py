@@ -40,7 +40,8 @@ class LogFile:
             self.torn = os.fstat(self._fd).st_size - scan.end
             if self.torn:
                 os.ftruncate(self._fd, self._end)
-                os.fsync(self._fd)
+            # Whoever wrote it may have been killed before fsync, and what is here counts from now on.
+            os.fsync(self._fd)
         except BaseException:
             os.close(self._fd)
             raise
@@ -69,12 +70,14 @@ class LogFile:
     # Changing.
 
     def append(self, records: Sequence[log.Record]) -> None:
-        """Write records at the end, without making them durable; those that are there already are left out.
+        """Write records at the end, without making them durable; those that are there already, or went into
+        the base, are left out.
 
         Raises `ValueError` if they do not follow. After any error nothing is there that was not synced.
         """
         self._check()
-        fresh = [record for record in records if self.term(record.index) != record.term]
+        later = (record for record in records if record.index > self.base_index)
+        fresh = [record for record in later if self.term(record.index) != record.term]
         if not fresh:
             return
         if fresh[0].index != self.last_index + 1:

@@ -19,6 +19,7 @@ again.
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -52,6 +53,7 @@ class Store:
             directory.mkdir(mode=0o700, exist_ok=True)
             if made:
                 sync_directory(directory.parent)
+            sync_directory(directory)  # a process that was killed may have renamed a file and no more
         except OSError as error:
             raise unwritable(directory, error) from None
         self._snapshot = _read_snapshot(directory / "snapshot")
@@ -138,13 +140,13 @@ class Store:
         ballots = [durable.ballot for durable in batch if durable.ballot is not None]
         if ballots and ballots[-1] != self._ballot:
             self._write_ballot(ballots[-1])
-        for durable in batch:
+        for durable, records in zip(batch, _lasting(batch), strict=True):
             if durable.snapshot is not None:
                 self._write_snapshot(durable.snapshot, durable.keep)
-            if durable.truncate is not None:
+            if durable.truncate is not None and durable.truncate > self._log.base_index:
                 self._log.sync()
                 self._log.truncate(durable.truncate)
-            self._log.append(durable.records)
+            self._log.append(records)
         self._log.sync()
         if any(durable.recovered for durable in batch):
             (self.directory / "recovering").unlink(missing_ok=True)
@@ -181,8 +183,11 @@ class Store:
                 os.close(fd)
 
     def _write_snapshot(self, snapshot: Snapshot, keep: int | None) -> None:
-        """The snapshot first, whole; then the log without what it replaces, by rename."""
+        """The snapshot first, whole; then the log without what it replaces, by rename. One that a later one
+        has replaced already, before the disk was full, is left out."""
         path = self.directory / "snapshot"
+        if snapshot.index < self._snapshot.index:
+            return
         self._log.sync()
         if snapshot != self._snapshot:
             try:
@@ -229,6 +234,18 @@ class Store:
     def close(self) -> None:
         os.close(self._commit_fd)
         self._log.close()
+
+
+def _lasting(batch: Sequence[Durable]) -> list[tuple[log.Record, ...]]:
+    """The records of each part, without those that a later part cuts off: when a full disk has stopped the
+    batch half-way, their places may be taken already."""
+    end = math.inf
+    lasting: list[tuple[log.Record, ...]] = []
+    for durable in reversed(batch):
+        lasting.append(tuple(record for record in durable.records if record.index < end))
+        if durable.truncate is not None:
+            end = min(end, durable.truncate)
+    return lasting[::-1]
 
 
 # Reading.

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobid import config, store
+from mobid import config, logfile, store
 from mobid.store import Store
 from proto import log
 from proto.api import OperationError
@@ -302,6 +302,70 @@ def test_a_full_disk_leaves_nothing_of_the_batch_and_the_store_goes_on(
     made.write(batch)
     made.close()
     assert reopened(directory).records == [*before.records, *records(2, 7, 2)]
+
+
+LONG = [
+    Durable(records=records(1, 1, 8)),
+    Durable(truncate=6, records=records(2, 6, 2)),
+    Durable(snapshot=Snapshot(4, 1, SETTLED, b"earlier"), keep=3),
+    Durable(truncate=7, records=records(3, 7, 1)),
+    Durable(snapshot=Snapshot(7, 3, SETTLED, b"later"), keep=7),
+    Durable(records=records(3, 8, 2)),
+]
+"""What waits for room on a full disk: conflicts and snapshots among the records."""
+
+
+@pytest.mark.parametrize("place", range(10))
+def test_a_batch_that_a_full_disk_has_stopped_anywhere_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    whole = Store(tmp_path / "whole")
+    for durable in LONG:
+        whole.write([durable])
+    whole.close()
+    made = Store(tmp_path / "catalog")
+    left = place
+
+    def full_after(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full_after(os.pwrite))
+        for module in (store, logfile):
+            patch.setattr(module, "replace_file", full_after(config.replace_file))
+        for _ in range(2):
+            with suppress(OperationError):
+                made.write(LONG)
+            reopened(tmp_path / "catalog")
+    made.write(LONG)
+    made.close()
+    assert reopened(tmp_path / "catalog") == reopened(tmp_path / "whole")
+
+
+def test_what_another_process_wrote_is_durable_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been killed between writing and fsync, and what is read may be in the page cache alone."""
+    filled(tmp_path / "catalog")
+    synced: set[str] = set()
+    real = os.fsync
+
+    def note(fd: int) -> None:
+        real(fd)
+        synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", note)
+        made = Store(tmp_path / "catalog")
+    made.close()
+    assert {"log", "catalog"} <= synced
 
 
 def test_a_vote_is_written_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
