@@ -625,7 +625,8 @@ def _cancel(state: State, entry: e.Cancel, client: str) -> State:
 
 def _failover(state: State, entry: e.Failover, _client: str) -> State:
     migration, guest = _open(state, entry.migration)
-    state = _give_guest(state, guest, migration.source, migration.epoch + 2)
+    # The source goes on with the copy it froze, which may be older than a change of the guest's policy.
+    state = _change_guest(state, guest, owner=migration.source, epoch=migration.epoch + 2)
     return _close(state, migration, state="failed-over", reason=entry.reason)
 
 

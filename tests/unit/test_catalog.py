@@ -232,6 +232,14 @@ def test_a_failover_outdates_the_destination(mesh: State) -> None:
     refused(mesh, e.Done(migration="1" * 32), "is failed-over already", client=B.id)
 
 
+def test_what_the_source_gets_back_is_bound_to_no_lease_before_it_was_made_anew(mesh: State) -> None:
+    """It is the copy that the source froze, which was begun before its policy was changed."""
+    mesh = run(mesh, e.ChangeGuest(guest="lab/vm", on_partition="freeze"), HANDOVER)
+    assert run(mesh, e.Done(migration="1" * 32), client=B.id).guests["lab/vm"].held_to == "freeze"
+    mesh = run(mesh, e.Failover(migration="1" * 32))
+    assert (mesh.guests["lab/vm"].epoch, mesh.guests["lab/vm"].held_to) == (3, "run")
+
+
 steps = st.lists(
     st.tuples(
         st.sampled_from(["handover", "done", "cancel", "failover", "move", "report"]),
