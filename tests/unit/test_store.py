@@ -340,10 +340,12 @@ def test_a_batch_that_a_full_disk_has_stopped_anywhere_is_tried_again(
         patch.setattr(os, "pwrite", full_after(os.pwrite))
         for module in (store, logfile):
             patch.setattr(module, "replace_file", full_after(config.replace_file))
-        for _ in range(2):
+        for again in range(2):
             with suppress(OperationError):
                 made.write(LONG)
-            reopened(tmp_path / "catalog")
+            shutil.copytree(tmp_path / "catalog", tmp_path / f"crash{again}")
+    for again in range(2):
+        reopened(tmp_path / f"crash{again}")
     made.write(LONG)
     made.close()
     assert reopened(tmp_path / "catalog") == reopened(tmp_path / "whole")
