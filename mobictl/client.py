@@ -375,15 +375,15 @@ class Mesh:
         *,
         timeout: float = CALL_TIMEOUT,
         on_item: Callable[[dict[str, Any]], None] | None = None,
+        key: str = "",
     ) -> Any:
         """As `Client.call`."""
-        return run(self._call, op, args, timeout, on_item)
 
-    async def _call(
-        self, op: str, args: Args, timeout: float, on_item: Callable[[dict[str, Any]], None] | None
-    ) -> Any:
-        async with connect(self.target, credentials=self._credentials) as client:
-            return await client.call(op, args, timeout=timeout, on_item=on_item)
+        async def asked() -> Any:
+            async with connect(self.target, credentials=self._credentials) as client:
+                return await client.call(op, args, timeout=timeout, on_item=on_item, key=key)
+
+        return run(asked)
 
 
 def run(function: Callable[..., Any], *args: Any) -> Any:

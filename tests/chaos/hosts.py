@@ -61,7 +61,7 @@ class Hosts:
 
     def ask(self, peer: str, op: str, /, timeout: float = 20.0, key: str = "", **args: Any) -> Any:
         """One operation, asked of this peer alone; raises `OperationError`."""
-        return Mesh(self._peer(peer).target).call(op, args, timeout=timeout)
+        return Mesh(self._peer(peer).target).call(op, args, timeout=timeout, key=key)
 
     def read(self, peer: str, guest: str, path: str) -> bytes:
         """A file of a guest, asked of this peer; raises `OperationError`."""
