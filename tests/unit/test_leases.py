@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proto.lease_events import Deadline, Granted, NotGranted, PeerFound, PeerLost, Renew
@@ -266,7 +266,6 @@ acts = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(acts, st.floats(1 / (1 + DRIFT), 1 + DRIFT))
 def test_whoever_is_called_lost_has_no_lease(tried: list[tuple[str, float]], rate: float) -> None:
     world = World(rate)

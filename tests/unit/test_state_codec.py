@@ -73,7 +73,7 @@ def replay(log: list[Any], state: State) -> State:
 FOUNDED = apply(State(), 1, e.Proposal(entry=FOUND, time=5.0))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(steps, steps)
 def test_a_state_comes_back_and_goes_on_as_if_it_had_never_been_away(before: Any, after: Any) -> None:
     state = replay(before, FOUNDED)

@@ -95,7 +95,7 @@ changes = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(changes, st.integers(1, 4))
 def test_what_was_written_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, tried: list[Any], together: int

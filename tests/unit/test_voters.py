@@ -159,7 +159,7 @@ meshes = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(meshes)
 def test_whatever_the_mesh_it_comes_to_rest_and_every_step_can_be_committed(mesh: Any) -> None:
     rows, first, recovering = mesh
