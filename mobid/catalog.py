@@ -32,7 +32,6 @@ from mobid.store import Store
 from proto import entries, hlc, versions
 from proto.api import OperationError
 from proto.lease_events import Deadline, PeerFound, PeerLost
-from proto.log import MAX_PAYLOAD
 from proto.machine import Woken
 from proto.peer import Peer as Machine
 from proto.peer import found
@@ -64,9 +63,6 @@ SILENT_AFTER = 3.0
 
 FULL_PATIENCE = 1.0
 """How long a coordinator with a full disk waits for others to make a proposal true without it."""
-
-ROOM_FOR_STAMPS = 1 << 10
-"""Bytes by which an entry may grow when the coordinator stamps it."""
 
 READ_PAUSE = 0.1
 HAND_OVER_PAUSE = 2.0
@@ -500,7 +496,6 @@ class Catalog:
             request=request,
             stamp=self._stamps.now(),
         )
-        _check_size(proposal)
         self._proposals[sequence] = pending
         try:
             self.feed(Proposed(proposal, time.time()))
@@ -550,13 +545,3 @@ class Catalog:
         """Commit what follows from a lost lease, if it is lost still and this peer coordinates in `term`."""
         self.feed(Fence(peer, entry, term, time.time()))
         await trio.lowlevel.checkpoint()
-
-
-def _check_size(proposal: entries.Proposal) -> None:
-    size = len(entries.encode(proposal))
-    if size > MAX_PAYLOAD - ROOM_FOR_STAMPS:
-        raise OperationError(
-            "too-large",
-            f"an entry of {size} bytes is larger than the {MAX_PAYLOAD} the catalog takes",
-            "make it in several steps",
-        )

@@ -24,6 +24,8 @@ LIMIT = 4 << 20
 BACKLOG = 1000
 """Events kept in memory for those who follow; one who is further behind reads the file."""
 
+_encode = json.JSONEncoder(default=str, separators=(",", ":")).encode
+
 
 class Events:
     """Where every part reports what a person may want to know.
@@ -53,7 +55,7 @@ class Events:
         time = self._clock.wall()
         event = {"time": time, "peer": self.peer, "kind": kind, "peer_id": self.id, "stamp": self._newest}
         event |= facts
-        line = json.dumps(event, default=str, separators=(",", ":")).encode() + b"\n"
+        line = _encode(event).encode() + b"\n"
         self._recent.append(event)
         if len(self._recent) > BACKLOG:
             self._forgotten = self._recent.pop(0)["stamp"]

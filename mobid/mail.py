@@ -185,7 +185,7 @@ class Mail:
     async def _write(
         self, member: Member, outbox: _Outbox, stream: trio.SSLStream[trio.SocketStream]
     ) -> None:
-        while self._member(member.id) == member:
+        while self._member(member.id) is member:
             with trio.move_on_after(IDLE) as idle:
                 await outbox.filled()
             if idle.cancelled_caught:
@@ -211,24 +211,29 @@ class Mail:
 
     async def _read(self, stream: trio.abc.Stream, peer: str) -> None:
         buffer = bytearray()
-        while True:
-            data: bytes | bytearray = b""
-            with trio.move_on_after(2 * IDLE):
-                data = await stream.receive_some(_READ)
-            if not data:
-                return
-            buffer += data
-            at = 0
-            while len(buffer) - at >= _LENGTH:
-                length = int.from_bytes(buffer[at : at + _LENGTH], "big")
-                if length > LIMIT:
-                    log.warning("mail.refused", peer=peer, reason=f"a message of {length} bytes")
+        with trio.move_on_after(2 * IDLE) as patience:
+            while data := await stream.receive_some(_READ):
+                now = trio.current_time()
+                if patience.deadline < now + IDLE:
+                    patience.deadline = now + 2 * IDLE
+                buffer += data
+                if not self._split(buffer, peer):
                     return
-                if len(buffer) - at < _LENGTH + length:
-                    break
-                self._receive(peer, bytes(buffer[at + _LENGTH : at + _LENGTH + length]))
-                at += _LENGTH + length
-            del buffer[:at]
+
+    def _split(self, buffer: bytearray, peer: str) -> bool:
+        """Take the whole messages out of the buffer; False if there is one that is too large."""
+        at = 0
+        while len(buffer) - at >= _LENGTH:
+            length = int.from_bytes(buffer[at : at + _LENGTH], "big")
+            if length > LIMIT:
+                log.warning("mail.refused", peer=peer, reason=f"a message of {length} bytes")
+                return False
+            if len(buffer) - at < _LENGTH + length:
+                break
+            self._receive(peer, bytes(buffer[at + _LENGTH : at + _LENGTH + length]))
+            at += _LENGTH + length
+        del buffer[:at]
+        return True
 
 
 def impatient(sock: trio.socket.SocketType) -> None:

@@ -52,7 +52,11 @@ class _Framed:
 
     async def send(self, message: wire.Message) -> None:
         """Queue a message; raises `BrokenResourceError` when the connection has ended."""
-        await self._frames_in.send(wire.encode(message))
+        await self.send_frame(wire.encode(message))
+
+    async def send_frame(self, frame: bytes) -> None:
+        """Queue a message that is encoded already."""
+        await self._frames_in.send(frame)
 
     async def write(self) -> None:
         """The writer: returns when the stream is broken or too slow."""
@@ -135,8 +139,11 @@ class ServerConnection:
 
     async def send(self, message: wire.Message) -> None:
         """Queue a message for this client; when it is gone, that is no error: its requests end too."""
+        await self._send_frame(wire.encode(message))
+
+    async def _send_frame(self, frame: bytes) -> None:
         try:
-            await self._framed.send(message)
+            await self._framed.send_frame(frame)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             await trio.sleep_forever()
 
@@ -208,31 +215,29 @@ class ServerConnection:
         nursery.start_soon(self._carry_out, request, message.args)
 
     async def _carry_out(self, request: ServedRequest, args: dict[str, Any]) -> None:
-        answer: wire.Message = wire.Failure(
-            request.id, OperationError("failed", f"{request.op} was cancelled")
-        )
+        answer = b""
         try:
             with request.scope:
                 result = await self._run(request, args)
-                answer = wire.Result(request.id, result, request.remark)
-                wire.encode(answer)
+                answer = wire.encode(wire.Result(request.id, result, request.remark))
         except OperationError as error:
-            answer = wire.Failure(request.id, error)
+            answer = wire.encode(wire.Failure(request.id, error))
         except Exception:
             # The boundary: a mistake in one handler must not end the peer.
             log.exception("operation.failed", op=request.op)
-            answer = wire.Failure(
-                request.id,
-                OperationError(
-                    "internal",
-                    f"{request.op} failed by a mistake in the peer itself",
-                    "its mobid.log has the details",
-                ),
+            mistake = OperationError(
+                "internal",
+                f"{request.op} failed by a mistake in the peer itself",
+                "its mobid.log has the details",
             )
+            answer = wire.encode(wire.Failure(request.id, mistake))
         finally:
             request.close()
             del self._requests[request.id]
-        await self.send(answer)
+        if not answer:
+            cancelled = OperationError("failed", f"{request.op} was cancelled")
+            answer = wire.encode(wire.Failure(request.id, cancelled))
+        await self._send_frame(answer)
 
 
 class ClientRequest:

@@ -244,9 +244,13 @@ class Server:
 
     async def _watch(self) -> None:
         """End the connections of those who lost their right to them."""
+        state = self._state()
         while True:
+            before = state
             await self._changed.wait()
             state = self._state()
+            if state.members is before.members and state.users is before.users:
+                continue
             for scope, (certificate, caller, grace) in self._open.items():
                 if identify(state, certificate) != caller:
                     scope.deadline = min(scope.deadline, trio.current_time() + grace)

@@ -93,12 +93,13 @@ def _remember(state: State, proposal: e.Proposal, index: int, words: Refusal | N
     old = state.sessions.get(proposal.client)
     session = old if old and old.boot == proposal.boot else Session(proposal.boot)
     applied = {**session.applied, proposal.sequence: index}
+    newest = max(session.newest, proposal.sequence)
     refused = session.refused if words is None else {**session.refused, proposal.sequence: words}
     if len(applied) > 2 * SESSION_WINDOW:
-        floor = max(applied) - SESSION_WINDOW
+        floor = newest - SESSION_WINDOW
         applied = {sequence: at for sequence, at in applied.items() if sequence > floor}
         refused = {sequence: why for sequence, why in refused.items() if sequence > floor}
-    session = Session(proposal.boot, applied, refused)
+    session = Session(proposal.boot, applied, refused, newest)
     return replace(state, sessions=_with(state.sessions, proposal.client, session))
 
 

@@ -10,7 +10,7 @@ It is a part of `proto/peer.py`, which carries the log; what it gives back are e
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from proto import failover, voters
@@ -74,16 +74,17 @@ class Coordinator:
         number, payload = self.intake.decide(entry, view.state, view.wall)
         return number, [raft.Propose((payload,))]
 
-    def applied(self, term: int, proposal: Proposal | None, view: View) -> list[Want]:
-        """A record was applied, whether it changed anything or not; `view.state` is the one after it."""
+    def applied(self, term: int, proposal: Proposal | None, look: Callable[[], View]) -> list[Want]:
+        """A record was applied, whether it changed anything or not; `look()` gives the view after it."""
         number = self.intake.own_number(proposal) if proposal else None
         if number is not None:
             self.grantor.lift(number)
             self._setting.pop(number, None)
         if self.settled and number is not None and proposal and isinstance(proposal.entry, FailOverGuest):
-            return self.members_changed(view)
+            return self.members_changed(look())
         if self.settled or term != self.term:
             return []
+        view = look()
         wants = self.members_changed(view)
         self.settled = True
         return [*wants, *self.grantor.settle(view.now), *self.look(view)]

@@ -103,6 +103,8 @@ class Holder:
 
     def applied(self, index: int) -> list[Deadline]:
         """The log is applied up to `index`: grants that waited for it count now."""
+        if not self._early:
+            return []
         until = max((at for needed, at in self._early if needed <= index), default=0.0)
         self._early = [(needed, at) for needed, at in self._early if needed > index]
         if until <= self.deadline:

@@ -27,6 +27,10 @@ AHEAD = SESSION_WINDOW // 2
 LARGEST = 3 << 20
 """Bytes of the largest proposal: with all that is around it, it must fit into one message."""
 
+LONGEST = 4
+"""The pauses before a proposal is sent again double up to so many times `resend`: a coordinator that is slow
+must not get more to do by it."""
+
 FORWARD_BYTES = 256 << 10
 """About how much goes into one message; a larger proposal has one of its own."""
 
@@ -36,6 +40,8 @@ class _Waiting:
     proposal: Proposal
     encoded: bytes
     sent: float | None = None
+    pause: float = 0.0
+    """From `sent` until it is sent again."""
 
 
 class Outbox:
@@ -76,7 +82,7 @@ class Outbox:
     def again(self) -> None:
         """Somebody else coordinates now: everything is to be sent anew."""
         for waiting in self._waiting.values():
-            waiting.sent = None
+            waiting.sent, waiting.pause = None, 0.0
 
     def due(self, now: float) -> list[Proposal]:
         """The proposals to send now, in their order; they count as sent."""
@@ -86,15 +92,16 @@ class Outbox:
         end = min(self._waiting) + AHEAD
         for sequence in sorted(self._waiting):
             waiting = self._waiting[sequence]
-            if sequence < end and (waiting.sent is None or now >= waiting.sent + self._resend):
+            if sequence < end and (waiting.sent is None or now >= waiting.sent + waiting.pause):
+                waiting.pause = min(max(2 * waiting.pause, self._resend), LONGEST * self._resend)
                 waiting.sent = now
                 due.append(waiting.proposal)
         return due
 
     def wake_at(self) -> float | None:
         """When the next proposal is due again; None if there is none."""
-        sent = [waiting.sent for waiting in self._waiting.values() if waiting.sent is not None]
-        return min(sent) + self._resend if sent else None
+        again = (w.sent + w.pause for w in self._waiting.values() if w.sent is not None)
+        return min(again, default=None)
 
     def packed(self, proposals: list[Proposal]) -> list[tuple[bytes, ...]]:
         """These proposals of this outbox, encoded, in portions of the size of a message."""

@@ -281,7 +281,7 @@ class Peer:
         self._changed |= before.members is not self.state.members
         self._changed |= before.migrations is not self.state.migrations
         if self.coordinator:
-            self._perform(self.coordinator.applied(record.term, proposal, self._view()))
+            self._perform(self.coordinator.applied(record.term, proposal, self._view))
         self._perform(self._holder.applied(self.state.index))
 
     def _restore(self, snapshot: raft.Snapshot) -> None:

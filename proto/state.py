@@ -46,16 +46,17 @@ class Session:
     """What has been decided of one peer's proposals since its last start.
 
     `applied`: sequence → index at which it was decided; `refused`: of these, the ones that changed nothing,
-    and why.
+    and why; `newest`: the largest sequence of `applied`.
     """
 
     boot: int = 0
     applied: Mapping[int, int] = field(default_factory=dict)
     refused: Mapping[int, Refusal] = field(default_factory=dict)
+    newest: int = 0
 
     def floor(self) -> int:
         """Sequences up to here are forgotten and refused; a peer has far fewer outstanding at once."""
-        return max(self.applied, default=0) - SESSION_WINDOW
+        return self.newest - SESSION_WINDOW
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,12 @@ def _mapped(name: str, value: Any) -> Any:
     if name != "sessions":
         return dict(cast("list[list[Any]]", value))
     return {
-        peer: {"boot": boot, "applied": dict(applied), "refused": dict(refused)}
+        peer: {
+            "boot": boot,
+            "applied": (known := dict(applied)),
+            "refused": dict(refused),
+            "newest": max(known, default=0),
+        }
         for peer, (boot, applied, refused) in value
     }
 

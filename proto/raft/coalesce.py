@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from proto.peer_events import Forward
 from proto.raft.messages import Append, Appended
 
 MOST_RECORDS = 4_096
@@ -43,6 +44,8 @@ def _joined(first: Any, second: Any) -> Any:
                 max(first.commit, second.commit),
                 max(first.round, second.round),
             )
+        case Forward(), Forward() if _fits([*first.proposals, *second.proposals]):
+            return Forward(first.proposals + second.proposals)
         case Appended(), Appended() if _plain(first) and _plain(second) and first.term == second.term:
             return Appended(first.term, True, max(first.index, second.index), max(first.round, second.round))
     return None
@@ -55,8 +58,11 @@ def _follows(first: Append, second: Append) -> bool:
         return False
     if not first.records or not second.records:
         return True
-    records = first.records + second.records
-    return len(records) <= MOST_RECORDS and sum(len(r.payload) for r in records) <= MOST_BYTES
+    return _fits([record.payload for record in first.records + second.records])
+
+
+def _fits(payloads: list[bytes]) -> bool:
+    return len(payloads) <= MOST_RECORDS and sum(map(len, payloads)) <= MOST_BYTES
 
 
 def _plain(message: Appended) -> bool:
