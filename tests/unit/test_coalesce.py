@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto.log import Record
+from proto.peer_events import Forward
 from proto.raft import coalesce as module
 from proto.raft.coalesce import coalesce
 from proto.raft.messages import Append, Appended, Lead
@@ -56,3 +57,13 @@ def test_the_records_of_a_run_are_all_there_in_order(parts: list[tuple[int, int,
     for message in made:
         indexes = [record.index for record in message.records]
         assert indexes == list(range(message.prev_index + 1, message.prev_index + 1 + len(indexes)))
+
+
+def test_proposals_on_their_way_go_together_up_to_a_bound() -> None:
+    assert coalesce([Forward((b"a",)), Forward((b"b", b"c")), Lead(1), Forward((b"d",))]) == [
+        Forward((b"a", b"b", b"c")),
+        Lead(1),
+        Forward((b"d",)),
+    ]
+    half = bytes(module.MOST_BYTES // 2 + 1)
+    assert len(coalesce([Forward((half,)), Forward((half,))])) == 2
