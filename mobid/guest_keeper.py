@@ -187,10 +187,15 @@ class Keeper:
             held=self.held,
             retry_at=self._retry_at,
             may_run=wanted is None or not wanted.lease_bound or self._k.lease.valid,
-            stale=local is not None and wanted is not None and local.record.epoch < wanted.epoch,
+            stale=wanted is not None and self._is_stale(wanted),
             outdated=local is not None and _outdated(local.record, wanted),
         )
         return next_step(wanted, self._k.me, actual, trio.current_time())
+
+    def _is_stale(self, guest: entries.Guest) -> bool:
+        """Whether what is here was made by an earlier right than the catalog gives now: whatever became of
+        it says nothing of the guest."""
+        return self.local is not None and self.local.record.epoch < guest.epoch
 
     async def _sleep(self, pulse: int, reported: bool) -> None:
         """Until something changed, it is time to start the guest again, or to report again."""
@@ -205,7 +210,7 @@ class Keeper:
     async def _report(self) -> bool:
         """Make the catalog know what was seen. False if it could not be told; then no step may be taken."""
         guest, seen = self.wanted, self._seen
-        if guest is None or seen is None or guest.owner != self._k.me or self.held:
+        if guest is None or seen is None or guest.owner != self._k.me or self.held or self._is_stale(guest):
             return True
         if seen.is_known(guest) and not self._restarts:
             return True
@@ -259,7 +264,7 @@ class Keeper:
     async def _take_notice(self) -> None:
         """Turn what happened to the processes into what is reported."""
         local, guest = self.local, self.wanted
-        if local is None or guest is None or guest.owner != self._k.me or self.held:
+        if local is None or guest is None or guest.owner != self._k.me or self.held or self._is_stale(guest):
             return
         if local.phase == "ended":
             await self._after_end(local, guest)
