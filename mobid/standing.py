@@ -4,7 +4,8 @@
 Who is evicted gets no records any more, and its key opens no connection: its own catalog would call it a
 member for ever, and its guests would run on beside those that took their place. So a peer that hears of no
 coordinator for a while asks the members it knows, as a stranger would, over TLS that pins *their* keys. One
-member's word that it left is enough: any member could have evicted it. No answer means nothing.
+member's word that it left is enough: any member could have evicted it. But it must know more than this peer
+does: one that was away itself may not know yet that this peer has joined again. No answer means nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mobid.joining import ask_door
 from mobid.operations import Request, operation
 from proto.api import Arguments, OperationError
 from proto.identity import public_key
+from proto.state import State
 
 PATIENCE = 10.0
 """Seconds without a coordinator after which a peer asks, and between two rounds of asking."""
@@ -46,10 +48,10 @@ class Standing:
 
     @operation("mesh.standing", role="anonymous", args=StandingOf)
     async def standing(self, _request: Request, args: StandingOf) -> dict[str, Any]:
-        """`{mesh, status}`: member, left, or unknown, as far as this peer knows."""
+        """`{mesh, status, index}`: member, left, or unknown, as far as this peer knows the log."""
         state = self._catalog.state
         member = state.members.get(args.peer)
-        return {"mesh": state.mesh, "status": member.status if member else "unknown"}
+        return {"mesh": state.mesh, "status": member.status if member else "unknown", "index": state.index}
 
     async def run(self) -> None:
         """Ask whenever no coordinator is known for a while, until cancelled."""
@@ -73,9 +75,14 @@ class Standing:
             except OperationError as error:
                 log.debug("standing.not.told", peer=member.name, reason=error.message)
                 continue
-            if isinstance(answer, dict) and (answer.get("mesh"), answer.get("status")) == (
-                state.mesh,
-                "left",
-            ):
+            if says_left(answer, state):
                 return True
         return False
+
+
+def says_left(answer: Any, state: State) -> bool:
+    """Whether an answer to `mesh.standing` tells a peer that knows `state` that it is no member any more."""
+    match answer:
+        case {"mesh": state.mesh, "status": "left", "index": int(index)}:
+            return index > state.index
+    return False
