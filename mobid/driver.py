@@ -103,7 +103,7 @@ class Driver:
                 self._carry_out(effect)
         except Exception as error:
             # A mistake in the machine: what it knows cannot be trusted any more.
-            log.exception("machine.broken", event=repr(event)[:4000])
+            log.exception("machine.broken", of=_shown(event))
             self._error = error
             self._broken.set()
 
@@ -183,3 +183,10 @@ class Driver:
             for write in batch:
                 self._writes.popleft()
                 self.feed(Persisted(write.key))
+
+
+def _shown(event: Event) -> str:
+    """An event for the log. Messages carry records and parts of the state, and these hold keys."""
+    if isinstance(event, Received):
+        return f"{type(event.message).__name__} from {event.peer}"
+    return repr(event)[:4000]
