@@ -131,7 +131,7 @@ class Shell(ABC):
         try:
             self._inbox_in.send_nowait(event)
         except trio.WouldBlock:
-            log.error("migration.queue.full", migration=self.migration.id, event=str(event))
+            log.error("migration.queue.full", migration=self.migration.id, of=str(event))
 
     async def run(self, first: ev.Event) -> None:
         """From `first` (`Begin` or `Adopted`) to the end."""

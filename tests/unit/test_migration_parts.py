@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from mobid.clocks import match_clocks
 from mobid.migration_notes import Notes
+from mobid.migration_outgoing import Outgoing, Wishes
+from mobid.migration_shell import QUEUE, Surroundings
 from mobid.page_stream import pass_record
+from proto import entries
+from proto import handover_events as ev
 
 ONE, TWO = "a" * 32, "b" * 32
 
@@ -59,3 +65,14 @@ def test_the_first_pass_has_no_dirty_rate() -> None:
     first = pass_record(done, [], 200.0)
     assert first["dirty_rate"] is None
     assert pass_record(done, [first], 200.0)["dirty_rate"] == 12288 / 0.5
+
+
+def test_what_a_full_queue_of_a_migration_cannot_take_is_logged_and_dropped() -> None:
+    migration = entries.Migration(
+        id="1" * 32, guest="lab/g", epoch=1, source="a" * 16, destination="b" * 16, expires=9.0
+    )
+    shell = Outgoing(cast(Surroundings, None), migration, None, Wishes())
+    with capture_logs() as logs:
+        for _ in range(QUEUE + 2):
+            shell.feed(ev.Frozen())
+    assert [line["event"] for line in logs] == ["migration.queue.full"] * 2
