@@ -102,8 +102,8 @@ class Store:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was ever kept here."""
-        return self._log.last_index == 0 and self._ballot == Ballot()
+        """Whether no record was ever kept here; a ballot may be, of a founding that was cut short."""
+        return self._log.last_index == 0
 
     @property
     def stored(self) -> Stored:

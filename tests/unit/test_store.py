@@ -201,6 +201,17 @@ def test_a_crash_between_any_two_steps_leaves_the_old_or_the_new(
         assert reopened(copy) == new
 
 
+def test_a_founding_that_was_cut_short_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Durable(ballot=Ballot(1, "a"), records=records(1, 1, 2))
+    for copy in crash_points(tmp_path / "catalog", monkeypatch, first):
+        again = Store(copy)
+        if not reopened(copy).records:
+            assert again.empty
+            again.write([first])
+        again.close()
+        assert reopened(copy) == reopened(tmp_path / "catalog")
+
+
 def test_a_log_cut_at_any_byte_opens_or_names_its_place(tmp_path: Path) -> None:
     directory = tmp_path / "catalog"
     filled(directory)
