@@ -89,8 +89,7 @@ class Faults:
         for host in world.hosts.values():
             host.disk.slowness = 0.0005
             host.disk.writes_to_failure = None
-            for copy in host.copies.values():
-                copy.stopped_shim = False
+            self._shims_go_on(host)
 
     # Whom it hits.
 
@@ -165,8 +164,11 @@ class Faults:
         self.world.at(seconds, self._shims_go_on, host)
 
     def _shims_go_on(self, host: Host) -> None:
+        """They look at their deadlines at once."""
         for copy in host.copies.values():
             copy.stopped_shim = False
+            if not host.still:
+                host.settle(copy)
 
     def end_guest(self) -> None:
         """A guest crashes by itself."""
