@@ -168,8 +168,8 @@ class World:
         return host
 
     def start(self, host: Host) -> None:
-        """A peer starts on this host, from what is on its disk."""
-        if host.gone or host.process is not None:
+        """A peer starts on this host, from what is on its disk, if it was ever admitted."""
+        if host.gone or host.process is not None or not host.contacts:
             return
         self.say(host.name, f"starts with {len(host.disk.records)} records")
         host.process = Process(host)
