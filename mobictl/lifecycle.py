@@ -67,6 +67,7 @@ def run_up(directory: Path, plan: Plan, report: Reporter) -> Manifest:
     When that fails, what it started is ended; peers that ran before go on.
     """
     before = load_manifest(directory)
+    _leave_out(before, plan, report)
     running = {peer.name for peer in before.running()}
     if running.issuperset(plan.names):
         text = f"{len(running)} peer{'s are' if len(running) > 1 else ' is'} running in {directory}"
@@ -85,11 +86,23 @@ def run_up(directory: Path, plan: Plan, report: Reporter) -> Manifest:
                 _start_peer(launch, peer)
         _wait_for_all(launch, report)
         _join_all(launch, report)
+        manifest.save()
     except BaseException:
         with uninterrupted():
             _undo(launch, before, bool(running))
         raise
     return manifest
+
+
+def _leave_out(before: Manifest, plan: Plan, report: Reporter) -> None:
+    """Peers that are no members any more take no part. Raises OperationError if there is no other."""
+    for peer in [peer for peer in before.peers if peer.left and not peer.running()]:
+        report.step(f"{peer.name}: left out, it is no member of its mesh any more ({peer.directory})")
+        before.peers.remove(peer)
+        plan.names = [name for name in plan.names if name != peer.name]
+    if not plan.names:
+        text = f"no peer in {before.directory} is a member of its mesh any more"
+        raise OperationError("not-found", text, "start a new mesh with another --dir")
 
 
 def _undo(launch: Launch, before: Manifest, some_ran: bool) -> None:
@@ -283,12 +296,15 @@ def _check_time(deadline: float, name: str, directory: Path) -> None:
 def _wait_for_all(launch: Launch, report: Reporter) -> None:
     deadline = time.monotonic() + START_TIMEOUT
     for peer in launch.manifest.peers:
-        while not peer.answers():
+        while not peer.answers() and not peer.left:
             _check_child(launch, peer.name, peer.directory)
             _check_time(deadline, peer.name, peer.directory)
             time.sleep(POLL)
+        if peer.left:
+            continue
         client.Mesh(peer.target).call("status", timeout=max(1.0, deadline - time.monotonic()))
         report.step(f"{peer.name}: running at {peer.listen}")
+    _leave_out(launch.manifest, launch.plan, report)
 
 
 def _join_all(launch: Launch, report: Reporter) -> None:
@@ -303,15 +319,16 @@ def _join_all(launch: Launch, report: Reporter) -> None:
             client.Mesh(peer.target).call("peer.join", api.PeerJoin(token=token), timeout=JOIN_TIMEOUT)
             report.step(f"{peer.name}: joined the mesh of {founder.name}")
     _wait_until_seen(launch)
+    _leave_out(launch.manifest, launch.plan, report)
 
 
 def _wait_until_seen(launch: Launch) -> None:
-    """Until every peer sees every other alive."""
-    wanted = {peer.name for peer in launch.manifest.peers}
+    """Until every peer sees every other alive; one may hear only now that it is no member any more."""
     deadline = time.monotonic() + JOIN_TIMEOUT
     for peer in launch.manifest.peers:
-        while True:
+        while not peer.left:
             rows = _peers_seen(peer)
+            wanted = {other.name for other in launch.manifest.peers if not other.left}
             if wanted <= {row["name"] for row in rows if row["state"] == "alive"}:
                 break
             _check_child(launch, peer.name, peer.directory)

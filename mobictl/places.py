@@ -66,6 +66,11 @@ class LocalPeer:
         """Whether somebody accepts connections at its socket."""
         return accepts(self.socket)
 
+    @property
+    def left(self) -> bool:
+        """Whether it left its mesh or was evicted; its directory can only be removed then."""
+        return (self.directory / "left").exists()
+
     def running(self) -> int:
         """The process id of the peer that holds this directory, or 0."""
         return lock_holder(self.directory / "mobid.pid")

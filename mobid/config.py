@@ -27,6 +27,8 @@ from proto.api import OperationError
 APPLICATION = "mobitopolo"
 FORMAT = 2
 DEFAULT_PORT = 7400
+LEFT = "left"
+"""The file in a directory whose peer is no member of its mesh any more."""
 
 LOCK_ATTEMPTS = 10
 LOCK_PAUSE = 0.05

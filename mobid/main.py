@@ -25,7 +25,17 @@ import structlog
 import trio
 
 from mobid import doctor, logs, peer, wan
-from mobid.config import DEFAULT_PORT, Config, Times, parse_listen, prepare, state_directory, unwritable
+from mobid.config import (
+    DEFAULT_PORT,
+    LEFT,
+    Config,
+    Times,
+    parse_listen,
+    prepare,
+    state_directory,
+    unwritable,
+    write_durably,
+)
 from mobid.identity import load_or_create
 from mobid.peer import Outcome
 from mobid.tasks import background
@@ -169,20 +179,31 @@ def _run(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     os.umask(0o077)
     lock = prepare(config)
+    left = config.path(LEFT)
     try:
+        if left.exists() and config.join is None:
+            raise _no_member(config)
         logs.configure(config.path("mobid.log"))
         outcome = trio.run(_serve, config)
+        if outcome in (Outcome.LEFT, Outcome.EVICTED):
+            write_durably(left, f"{outcome.value}\n".encode())
+        else:
+            left.unlink(missing_ok=True)
     except Exception as error:  # noqa: BLE001 - the last boundary before a person
         raise _explained(error, config) from None
     finally:
         lock.release()
     if outcome is Outcome.EVICTED:
-        raise OperationError(
-            "forbidden",
-            f"the peer in {config.directory} is no member of its mesh any more: it left or was evicted",
-            "join again with a new token and an empty --dir",
-        )
+        raise _no_member(config)
     return 0
+
+
+def _no_member(config: Config) -> OperationError:
+    return OperationError(
+        "forbidden",
+        f"the peer in {config.directory} is no member of its mesh any more: it left or was evicted",
+        "join again with a new token and an empty --dir",
+    )
 
 
 def _wan(arguments: argparse.Namespace) -> int:

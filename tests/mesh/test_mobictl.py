@@ -214,6 +214,20 @@ def test_up_brings_a_killed_peer_back_and_leaves_the_others(cli: Cli) -> None:
     assert cli.json("down")["ended"] == ["peer1"]
 
 
+def test_up_leaves_out_who_was_evicted_also_while_it_was_away(cli: Cli) -> None:
+    made = {peer["name"]: peer for peer in cli.json("up", "--peers", "3")["peers"]}
+    os.kill(made["peer3"]["pid"], signal.SIGKILL)
+    cli("peer", "evict", "peer3")
+    said = cli("up").stderr
+    assert "peer3: left out" in said
+    assert [peer["name"] for peer in json.loads((cli.dir / "up.json").read_text())["peers"]] == [
+        "peer1",
+        "peer2",
+    ]
+    rows = {row["name"]: row["state"] for row in cli.json("peer", "ls")}
+    assert rows == {"peer1": "alive", "peer2": "alive", "peer3": "left"}
+
+
 def test_the_token_of_up_is_written_nowhere(cli: Cli) -> None:
     cli("up", "--peers", "2")
     arguments = "".join(cli.processes())
