@@ -331,7 +331,16 @@ class Peer:
         await self.guests.local(guest).reconnect()
 
     async def _make_up_ports(self) -> None:
+        """Once the log has caught up, since it says which guests are here; without a coordinator by what is
+        known, and again later."""
         await self.guests.adopted.wait()
+        with trio.move_on_after(3 * self.config.times.election):
+            await self.catalog.wait(lambda _state: self.catalog.fresh)
+        await self._make_up_known()
+        await self.catalog.wait(lambda _state: self.catalog.fresh)
+        await self._make_up_known()
+
+    async def _make_up_known(self) -> None:
         await self.networks.make_up([g for g in self.catalog.state.guests_of(self.id) if self._runs(g.key)])
 
     def _runs(self, guest: str) -> bool:
