@@ -154,7 +154,8 @@ class Moves:
             self._adopt_later(id)
             return
         copy = self._copy(migration)
-        found = copy.phase if copy is not None and copy.migration == id else "none"
+        held = copy is not None and copy.migration == id
+        found = copy.phase if copy is not None and held else "none"
         lease_bound = copy is not None and copy.lease_bound
         source = migration.source == self._host.id
         shell = (
@@ -162,7 +163,7 @@ class Moves:
             if source
             else Shell(migration, handover.Destination(migration, lease_bound), "destination")
         )
-        if migration.state != "open" and found == "none" and id not in self._host.disk.notes:
+        if migration.state != "open" and not held and id not in self._host.disk.notes:
             return
         self._shells[id] = shell
         self._tell(shell, ev.Adopted(self._host.disk.notes.get(id), "none" if found == "ended" else found))

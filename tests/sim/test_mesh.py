@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 
 import pytest
 
+from proto import entries
 from tests.sim import clients
+from tests.sim.hosts import Copy
 from tests.sim.linearizability import Operation, first_contradiction, is_linearizable
 from tests.sim.mesh_world import World
 from tests.sim.mutations import found_by
@@ -42,6 +45,29 @@ def test_a_missing_protection_is_noticed(name: str) -> None:
         if found_by(name, range(seed, seed + 1)):
             return
     pytest.fail(f"{NOTICED_BY[name]} seeds did not notice that {name} is missing")
+
+
+def migration(state: entries.HandoverState, source: str, destination: str) -> entries.Migration:
+    return entries.Migration(
+        id="1" * 32, guest="lab/g", epoch=1, source=source, destination=destination, expires=9.0, state=state
+    )
+
+
+def guest(owner: str, epoch: int) -> entries.Guest:
+    return entries.Guest(key="lab/g", id="g", image="i", memory=1 << 26, owner=owner, epoch=epoch)
+
+
+@pytest.mark.parametrize("state", ["cancelled", "failed-over"])
+def test_a_hold_outlives_the_process_but_not_its_handover(state: entries.HandoverState) -> None:
+    here, there = list(World(3, peers=9).hosts.values())[:2]
+    assert here.process is not None
+    closed = migration(state, here.id, there.id)
+    copy = here.copies["g"] = Copy(guest(here.id, 1), 1, migration=closed.id)
+    here.process.state = replace(
+        here.process.state, guests={"lab/g": guest(here.id, 1)}, migrations={closed.id: closed}
+    )
+    here.process.moves.take_up()
+    assert not copy.migration
 
 
 # The check of histories.
