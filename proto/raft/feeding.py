@@ -192,17 +192,18 @@ class Observer:
         end = message.prev_index + len(message.records)
         if replica.role == "leader" or end > message.commit:
             return
-        if message.configuration.voters:
-            self._known = message.configuration
+        learned = self._learn(message)
         self._hear_of_leader(peer, message)
         before = replica.commit
         sensible = self._take(message, end)
         if peer != self._target:
             return
         pause = 0.0 if replica.commit > before else replica.settings.heartbeat / 2
-        if peer not in self._known.replicas:
+        replicates = peer in self._known.replicas
+        if learned and not replicates:
             self._choose(0)
-        elif not sensible or not message.leader:
+        elif not (replicates and sensible and message.leader) or message.commit < before:
+            # Who knows no more than this peer must not be asked for ever: another one may.
             self._choose(self._turn + 1)
         self._ask_at = self._asked_at = max(self._asked_at + pause, replica.now)
         self.tick()
@@ -222,6 +223,15 @@ class Observer:
                 replica.rest()
             replica.install(snapshot)
             self._ask()
+
+    def _learn(self, message: Feed) -> bool:
+        """Who the voters are, unless the answer is older than what is here; True if that is new."""
+        known, configuration = self._known, message.configuration
+        old = bool(known.voters) and message.commit < self._replica.commit
+        if old or not configuration.voters or configuration == known:
+            return False
+        self._known = configuration
+        return True
 
     def _take(self, message: Feed, end: int) -> bool:
         """Take the records; False if the answer makes no sense."""

@@ -104,6 +104,39 @@ def test_an_observer_asked_by_another_names_the_voters() -> None:
     """)
 
 
+def test_observers_that_know_nothing_do_not_ask_each_other_for_ever() -> None:
+    Scene("a", "o p").play("""
+        contacts o p a
+        contacts p o a
+        o last=0
+        elapse 0.2
+        wake o
+        wake p
+        o leader=a last=2
+        p leader=a last=2
+    """)
+
+
+def test_an_observer_leaves_a_replica_that_knows_less_than_itself() -> None:
+    scene = Scene("a b c", "o")
+    scene.play("""
+        campaign a
+        contacts o a b c
+        propose a x
+        beat a
+        o applied=x
+    """)
+    machine = scene.actors["o"].machine
+    assert machine is not None
+    before = len(scene.sent)
+    scene.feed("o", Received("a", Feed(2, "a", machine.configuration, 0, 0, (), 0)))
+    scene.play("""
+        elapse 0.2
+        wake o
+    """)
+    assert [s.peer for name, s in scene.sent[before:] if name == "o"][:1] == ["b"]
+
+
 def test_an_observer_that_knows_nobody_waits() -> None:
     scene = Scene("a", "o")
     scene.play("""
