@@ -159,8 +159,14 @@ class Observer:
         replica = self._replica
         if replica.role == "leader":
             return float("inf")
+        return max(self._ask_at, self._left_alone)
+
+    @property
+    def _left_alone(self) -> float:
+        """From when on no leader sends, unless it is heard again."""
+        replica = self._replica
         patience = 2 * replica.settings.election if replica.votes else 3 * replica.settings.heartbeat
-        return max(self._ask_at, replica.heard_append + patience)
+        return replica.heard_append + patience
 
     def start(self) -> None:
         """A voter hears of a leader soon, most likely."""
@@ -209,9 +215,13 @@ class Observer:
         self.tick()
 
     def part(self, peer: str, message: SnapshotPart) -> None:
-        """A part of a snapshot from the peer that was asked."""
+        """A part of a snapshot from the peer that was asked.
+
+        Not while a leader sends: it brings its own snapshot, and each of two transfers would throw away
+        what the other one has brought (`assembly.py`).
+        """
         replica = self._replica
-        if replica.role == "leader" or peer != self._target:
+        if replica.role == "leader" or peer != self._target or replica.now < self._left_alone:
             return
         received, snapshot = self._assembly.add(peer, message, replica.commit)
         if received is None:

@@ -61,6 +61,27 @@ def test_an_observer_far_behind_gets_the_snapshot() -> None:
     assert any(isinstance(s.message, SnapshotPart) and s.message.round == 0 for _, s in scene.sent)
 
 
+def test_a_snapshot_that_the_leader_brings_is_not_thrown_away_for_another() -> None:
+    scene = Scene("a b c", "d")
+    scene.play("""
+        campaign a
+        propose a one two three four five six seven eight nine ten
+        beat a
+        compact a 12 13
+        compact b 12 13
+        tap b d
+        contacts d b
+        tap d a
+        voters a a b c d
+        d last=0
+        pour
+        d applied=one,two,three,four,five,six,seven,eight,nine,ten leader=a
+    """)
+    parts = [s for name, s in scene.sent if isinstance(s.message, SnapshotPart) and name == "a"]
+    assert len(parts) > 4
+    assert len({s.message.offset for s in parts}) == len(parts)
+
+
 def test_an_observer_goes_on_to_another_replica() -> None:
     Scene("a b c", "o").play("""
         campaign a
