@@ -126,10 +126,14 @@ class Etcd:
 
 @dataclass
 class Commits:
-    """What C clients got done: commits per second of each run, and all latencies in milliseconds."""
+    """What C clients got done: commits per second of each run, and all latencies in milliseconds.
+
+    A client whose write fails is out for the rest of its run; `failures` says why.
+    """
 
     rates: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -235,6 +239,8 @@ async def _measure_commits(found: dict[str, Found], clusters: dict[str, Cluster]
             for name, cluster in clusters.items():
                 commits = found[name].commits.setdefault(count, Commits())
                 await _commit(cluster, count, commits)
+                if commits.failures:
+                    _say(f"{name}: {len(commits.failures)} clients failed: {commits.failures[-1]}")
         _say(f"commits by {count} clients")
 
 
@@ -250,14 +256,18 @@ async def _commit(cluster: Cluster, count: int, commits: Commits) -> None:
         end = time.perf_counter() + COMMIT_SECONDS
         async with trio.open_nursery() as nursery:
             for write in writes:
-                nursery.start_soon(_write_until, end, write, commits.latencies)
+                nursery.start_soon(_write_until, end, write, commits)
     commits.rates.append((len(commits.latencies) - before) / COMMIT_SECONDS)
 
 
-async def _write_until(end: float, write: Write, latencies: list[float]) -> None:
+async def _write_until(end: float, write: Write, commits: Commits) -> None:
     while (began := time.perf_counter()) < end:
-        await write()
-        latencies.append((time.perf_counter() - began) * 1000)
+        try:
+            await write()
+        except FAILURES as error:
+            commits.failures.append(str(error))
+            return
+        commits.latencies.append((time.perf_counter() - began) * 1000)
 
 
 def _rows(ours: Found, others: Found) -> list[Row]:
