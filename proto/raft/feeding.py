@@ -147,6 +147,8 @@ class Observer:
         self._known = replica.configuration
         self._target = ""
         self._asked_at = self._ask_at = NEVER
+        self._named = ("", 0)
+        """The leader that an answer has named last, and the term of the answer."""
         self._from_commit = False
         """The own tail is not the others': ask from what is committed."""
         self._turn = 0
@@ -262,12 +264,22 @@ class Observer:
         replica = self._replica
         if message.leader == replica.own or (message.term < replica.term and replica.votes):
             return  # whether it leads itself it knows best
-        if message.leader and (message.term > replica.term or not replica.leader):
+        if replica.leader and message.term < self._led_since:
+            return
+        if message.leader:
             if message.term > replica.term:
                 replica.adopt(message.term)
             replica.rest(message.leader)
-        elif not message.leader and peer == self._target and not replica.votes:
+            self._named = (message.leader, message.term)
+        elif peer == self._target and not replica.votes:
             replica.rest()
+
+    @property
+    def _led_since(self) -> int:
+        """The term in which the leader was named. The own one may be later: then records told of it, or this
+        peer has campaigned while it was cut off, and a late answer named who led before."""
+        leader, term = self._named
+        return term if leader == self._replica.leader else self._replica.term
 
     def _ask(self) -> None:
         replica = self._replica

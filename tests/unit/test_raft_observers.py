@@ -169,6 +169,30 @@ def test_an_observer_that_knows_nobody_waits() -> None:
     """)
 
 
+def test_a_late_answer_of_an_older_term_does_not_hide_the_leader() -> None:
+    scene = Scene("a b c", "o")
+    scene.play("""
+        campaign a
+        contacts o a b c
+        o leader=a
+        cut a
+        campaign b
+        elapse 0.7
+        wake o
+        propose b x
+        o applied=x leader=b
+    """)
+    machine = scene.actors["o"].machine
+    assert machine is not None
+    voters = machine.configuration
+    scene.feed("o", Received("b", Feed(machine.term - 1, "", voters, 1, 1, (), 1)))
+    scene.play("o leader=b")
+    scene.feed("o", Received("b", Feed(machine.term, "", voters, 1, 1, (), 1)))
+    scene.feed("o", Received("b", Feed(machine.term - 1, "a", voters, 1, 1, (), 1)))
+    scene.feed("o", Received("b", Feed(machine.term, "b", voters, 1, 1, (), 1)))
+    scene.play("o leader=b")
+
+
 def test_one_question_per_peer_is_kept() -> None:
     scene = Scene("a", "o")
     for _ in range(10):
