@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import structlog
 import trio
@@ -31,6 +32,7 @@ from mobid.helpers import Helpers
 from mobid.images import Images
 from mobid.lease import Lease
 from mobid.signal import Changed
+from mobid.stale_guests import keep_aside, stood_for
 from proto import deploy, entries
 from proto.api import OperationError
 from proto.reconcile import missing_features
@@ -289,24 +291,39 @@ class Guests:
         local.save(migration="", stage="ready", started=self.clock())
         self._wake(local.record.id)
 
-    async def release_outgoing(self, local: LocalGuest) -> None:
-        """The guest lives elsewhere for good: end the frozen copy, remove its disks and files."""
-        await self._remove(local)
+    async def release_outgoing(self, local: LocalGuest, aside: bool) -> None:
+        """The guest lives elsewhere for good: end the frozen copy, remove its disks and files.
+
+        `aside`: keep the files for a while, as those of every stale copy; what the guest was there since may
+        be lost.
+        """
+        record, stood = local.record, stood_for(local)
+        kept = await self._remove(local, aside)
+        if aside:
+            self.events.emit(
+                "guest.fenced", guest=record.key, epoch=record.epoch, stood=stood, kept=str(kept or "")
+            )
 
     async def discard_incoming(self, local: LocalGuest) -> None:
         """The guest does not come: remove what was prepared."""
         await self._remove(local)
 
-    async def _remove(self, local: LocalGuest) -> None:
+    async def _remove(self, local: LocalGuest, aside: bool = False) -> Path | None:
+        """Returns where the files are now, if they are kept."""
         keeper = self._keepers.get(local.record.id)
         if keeper is None:
-            return
+            return None
+        kept: Path | None = None
         async with keeper.busy:
             await local.end(force=True)
             await local.remove_ports()
-            local.remove_files()
+            if aside:
+                kept = keep_aside(local.directory, local.record)
+            else:
+                local.remove_files()
             keeper.local = None
         keeper.wake()
+        return kept
 
     # Its keepers.
 

@@ -29,9 +29,10 @@ from proto import entries
 from proto import handover_events as ev
 from proto.agent import AgentError
 from proto.api import OperationError
-from proto.handover import Source, SourceState
+from proto.handover import Source, SourceState, is_superseded
 from proto.precopy import GiveUp, Pass, Policy, Precopy, Stall, SwitchOver
 from proto.segments import concerned
+from proto.state import State
 
 PREPARE_TIMEOUT = 600.0
 """Seconds for the destination to prepare; it may have to fetch an image."""
@@ -105,6 +106,7 @@ class Outgoing(Shell):
         self._redirecting = trio.Lock()
         self._redirected = False
         self._opened = trio.Event()
+        self._durable_there = False
 
     async def perform(self, effect: ev.Effect) -> None:
         """Carry out an effect of the source's machine."""
@@ -415,21 +417,42 @@ class Outgoing(Shell):
             if isinstance(message, ev.AskDurable):
                 await self._redirect()  # unless that was heard from the destination before
                 await self.around.links.call(peer, "migration.durable", args, timeout=DURABLE_TIMEOUT)
+                self._durable_there = True
                 self.feed(ev.Durable(self.migration.id))
             elif isinstance(message, ev.Settle):
                 await self.around.links.call(peer, "migration.settle", args)
         except OperationError as error:
             log.info("migration.message.lost", id=self.migration.id, reason=error.message)
 
+    async def follow_log(self) -> None:
+        """Tell the machine when the log closes the migration, and when the guest has moved on since."""
+        await super().follow_log()
+        catalog = self.around.catalog
+        await catalog.wait(self._is_superseded, timeout=None)
+        self.feed(ev.Superseded())
+
+    def _is_superseded(self, state: State) -> bool:
+        id = self.local.record.id if self.local is not None else None
+        return is_superseded(self.migration, id, state.guests.get(self.migration.guest))
+
     async def _discard(self) -> None:
-        """The destination's copy is durable; ours may go, once it has been verified and measured."""
+        """The destination's copy is durable; ours may go, once it has been verified and measured.
+
+        If the guest was failed over before that, ours is perhaps the last with what the guest was: its files
+        are kept aside.
+        """
+        if not self._durable_there:
+            if self.local is not None:
+                wanted = self.migration.guest in self.around.catalog.state.guests
+                await self.around.guests.release_outgoing(self.local, aside=wanted)
+            return
         with trio.move_on_after(SETTLED_WAIT):
             if self.measured.final is not None:
                 await self._verified.wait()
         with trio.move_on_after(SETTLED_WAIT):
             await self._probe()
         if self.local is not None:
-            await self.around.guests.release_outgoing(self.local)
+            await self.around.guests.release_outgoing(self.local, aside=False)
 
     async def _probe(self) -> None:
         """The largest hole in the guest's clock, as the guest itself saw it."""

@@ -138,7 +138,7 @@ class Shell(ABC):
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                nursery.start_soon(self._follow_log)
+                nursery.start_soon(self.follow_log)
                 await self._take(first)
                 async for event in self._inbox:
                     await self._take(event)
@@ -215,7 +215,7 @@ class Shell(ABC):
     async def send(self, peer: str, message: object) -> None:
         """Send a message of the handover; it may be lost."""
 
-    async def _follow_log(self) -> None:
+    async def follow_log(self) -> None:
         """Tell the machine when the log closes the migration."""
 
         def closed(state: State) -> bool:

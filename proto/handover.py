@@ -9,7 +9,8 @@ watches that it comes to an end. What binds them is the log: `Handover` opens a 
    durably that it is about to release; a source that restarts with that note and a frozen guest cannot know
    whether the release left, and thaws only when the log says so.
 2. After the release the source stays frozen until the log says `Done` (then its copy is only kept until the
-   destination's is durable), `Cancel` (which then carries the destination's signed refusal) or `Failover`.
+   destination's is durable, or the log has removed the guest or sent it on: the destination may be gone for
+   good), `Cancel` (which then carries the destination's signed refusal) or `Failover`.
 3. The destination runs when all of the state is there with an equal root, the release came, and, for guests
    bound to a lease, its lease is valid. It asks nobody at that moment: no round trip stands in the downtime.
 4. It refuses only what it never ran, and notes the refusal durably before anybody hears of it. So it notes
@@ -24,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 
-from proto.entries import Cancel, Done, Failover, HandoverState, Migration
+from proto.entries import Cancel, Done, Failover, Guest, HandoverState, Migration
 from proto.handover_events import (
     Abort,
     Adopt,
@@ -54,6 +55,7 @@ from proto.handover_events import (
     Start,
     StartFailed,
     StreamBroken,
+    Superseded,
     Sync,
     Synced,
     Thaw,
@@ -118,7 +120,7 @@ SOURCE_TABLE: Mapping[SourceState, Mapping[str, str]] = {
     S.KEPT: {"Woken": "ask_durable", "Durable": "let_go"},
     S.OVER: {},
 }
-"""What the source does on which event; `Logged` is handled by `logged` in every state."""
+"""What the source does on which event; `Logged` and `Superseded` count in every state (`handle`)."""
 
 DESTINATION_TABLE: Mapping[DestinationState, Mapping[str, str]] = {
     D.START: {"Begin": "begin", "Adopted": "adopted"},
@@ -137,6 +139,15 @@ DESTINATION_TABLE: Mapping[DestinationState, Mapping[str, str]] = {
     D.OVER: {},
 }
 """What the destination does on which event; `Logged` is handled by `logged` in every state."""
+
+
+def is_superseded(migration: Migration, id: str | None, guest: Guest | None) -> bool:
+    """Whether the right that this migration gives is not the last one for its guest.
+
+    `id` is that of the guest that was moved, None if nothing of it is left; `guest` is what the catalog has
+    under its name now.
+    """
+    return guest is None or id not in (None, guest.id) or guest.epoch > migration.epoch + 1
 
 
 def _reason(event: Event) -> str:
@@ -188,11 +199,15 @@ class Source(_Machine):
     def __init__(self, migration: Migration) -> None:
         super().__init__(migration)
         self.state = SourceState.START
+        self._superseded = False
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event; return the effects in order."""
         if isinstance(event, Logged):
             return self._logged(event.state, now)
+        if isinstance(event, Superseded):
+            self._superseded = True
+            return self._let_go(event, now) if self.state == SourceState.KEPT else []
         return self._run(SOURCE_TABLE[self.state], event, now)
 
     def _begin(self, _event: Event, _now: float) -> list[Effect]:
@@ -271,7 +286,8 @@ class Source(_Machine):
         match self.state:
             case SourceState.RELEASED if state == "done":
                 self.state = SourceState.KEPT
-                return self._ask_durable(Logged(state), now)
+                after = self._let_go if self._superseded else self._ask_durable
+                return after(Logged(state), now)
             case SourceState.RELEASED:
                 return [Thaw(), *self._end()]
             case SourceState.PREPARING | SourceState.PRECOPY | SourceState.NOTING:

@@ -159,6 +159,11 @@ class Durable:
 
 
 @dataclass(frozen=True)
+class Superseded:
+    """Source: the log has removed the guest, or given a later right to run it than this handover does."""
+
+
+@dataclass(frozen=True)
 class CopyLost:
     """Destination to coordinator: the copy here is gone, and it may have run. It never will again."""
 
@@ -261,6 +266,7 @@ Event = (
     | Settle
     | AskDurable
     | Durable
+    | Superseded
     | CopyLost
     | PeerLost
     | Adopt

@@ -18,6 +18,7 @@ from mobid.tasks import background
 from proto.api import OperationError
 from tests.built import missing
 from tests.guest.beats import BEAT, Beats, heard, speak
+from tests.guest.faults import held
 from tests.guest.hosts import everything, go_on, guests_processes, stop
 from tests.guest.peers import PeerProcess, eventually
 from tests.guest.witness import joined
@@ -51,7 +52,11 @@ FREEZER = Path("/sys/fs/cgroup/freezer")
 async def mesh(tmp_path: Path, helper_binary: Path) -> AsyncIterator[list[PeerProcess]]:
     """Three peers, each a voter, and the lab: guest a at virginia, b at tokyo."""
     peers = [
-        PeerProcess(tmp_path / name, name, {"MOBI_HELPER": str(helper_binary)})
+        PeerProcess(
+            tmp_path / name,
+            name,
+            {"MOBI_HELPER": str(helper_binary), "MOBI_BREAKPOINTS": str(tmp_path / f"{name}.breakpoints")},
+        )
         for name in ("tokyo", "virginia", "sydney")
     ]
     async with AsyncExitStack() as stack:
@@ -215,3 +220,32 @@ async def test_a_frozen_host_wakes_up_stale(mesh: list[PeerProcess], beats: Beat
         old = (await heard(tokyo, HEARER))[-1]
     await check(mesh, beats, old.boot, old.at)
     assert not beats.twice(SPEAKER, MOMENT)
+
+
+async def test_a_copy_that_waits_for_a_lost_destination_is_let_go(mesh: list[PeerProcess]) -> None:
+    """The destination is lost after the guest ran there, and before that was durable. The guest is started
+    anew, perhaps at the source, where the old copy must not be in its way."""
+    tokyo, virginia, sydney = mesh
+    await eventually(partial(runs_by, tokyo, 1))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(migrate, tokyo)
+        async with held(sydney, "destination.Sync"):
+            stop(everything(sydney))
+            await eventually(partial(runs_by, tokyo, 3))
+        nursery.cancel_scope.cancel()
+    event = await fenced(virginia)
+    assert (event["guest"], event["epoch"]) == (SPEAKER, 1)
+    assert (Path(event["kept"]) / "vda.overlay").exists()
+    assert not list((virginia.directory / "migrations").iterdir())
+
+
+async def runs_by(asked: PeerProcess, epoch: int) -> bool:
+    with suppress(OperationError):
+        row = await asked.call("vm.show", {"vm": SPEAKER})
+        return (row["epoch"], row["state"]) == (epoch, "running")
+    return False
+
+
+async def migrate(asked: PeerProcess) -> None:
+    with suppress(OperationError):
+        await asked.call("vm.migrate", {"vm": SPEAKER, "to": "sydney"})

@@ -118,7 +118,7 @@ class Moves:
             shell = self._shells.get(id)
             if migration.state != "open":
                 if shell is not None:
-                    self._tell(shell, ev.Logged(migration.state))
+                    self._tell_closed(shell, migration)
             elif shell is None and migration.source == self._host.id:
                 self._begin_source(migration)
             if self._coordinating:
@@ -168,7 +168,15 @@ class Moves:
         self._shells[id] = shell
         self._tell(shell, ev.Adopted(self._host.disk.notes.get(id), "none" if found == "ended" else found))
         if migration.state != "open":
-            self._tell(shell, ev.Logged(migration.state))
+            self._tell_closed(shell, migration)
+
+    def _tell_closed(self, shell: Shell, migration: entries.Migration) -> None:
+        self._tell(shell, ev.Logged(migration.state))
+        copy = self._copy(migration)
+        guest = self._process.state.guests.get(migration.guest)
+        id = copy.guest.id if copy is not None else None
+        if shell.side == "source" and handover.is_superseded(migration, id, guest):
+            self._tell(shell, ev.Superseded())
 
     def _adopt_later(self, id: str) -> None:
         """This log may be behind; a hold without a note is let go once a read has shown that it is not."""

@@ -10,7 +10,7 @@ import pytest
 
 from proto import handover
 from proto import handover_events as ev
-from proto.entries import Migration
+from proto.entries import Guest, Migration
 from proto.handover import DESTINATION_TABLE, SOURCE_TABLE, Destination, Source
 from proto.machine import Persist, Persisted
 from tests.sim.handover_world import MIGRATION, Violation, World
@@ -143,6 +143,32 @@ def test_a_source_keeps_its_copy_until_the_other_is_durable() -> None:
     source.handle(ev.Sent("yes"), 0.0)
     assert ev.Discard() not in source.handle(ev.Logged("done"), 0.0)
     assert source.handle(ev.Durable("m"), 0.0)[0] == ev.Discard()
+
+
+def test_a_source_that_waits_for_a_destination_in_vain_lets_go_once_the_guest_has_moved_on() -> None:
+    source = source_in(handover.SourceState.SENDING)
+    source.handle(ev.Sent("yes"), 0.0)
+    source.handle(ev.Logged("done"), 0.0)
+    assert source.handle(ev.Superseded(), 0.0)[0] == ev.Discard()
+    assert source.state == "over"
+
+
+def test_that_the_guest_has_moved_on_is_remembered_until_the_release_is_certain() -> None:
+    source = source_in(handover.SourceState.SENDING)
+    assert source.handle(ev.Superseded(), 0.0) == []
+    source.handle(ev.Sent("maybe"), 0.0)
+    assert source.handle(ev.Logged("done"), 0.0)[0] == ev.Discard()
+
+
+def test_only_a_later_right_supersedes() -> None:
+    made = migration()
+    guest = Guest(
+        key=made.guest, id="g", image="i", memory=1 << 26, owner=made.destination, epoch=made.epoch + 1
+    )
+    assert not handover.is_superseded(made, "g", guest)
+    assert handover.is_superseded(made, "g", guest.model_copy(update={"epoch": made.epoch + 2}))
+    assert handover.is_superseded(made, "earlier", guest)
+    assert handover.is_superseded(made, "g", None)
 
 
 def destination_ready() -> Destination:
