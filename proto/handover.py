@@ -325,7 +325,8 @@ class Destination(_Machine):
         self.reason = "the destination's peer was restarted"
         if event.note == "incoming" and event.copy == "none":
             return self._lose(now)
-        if event.note == "incoming" and event.copy != "waiting":
+        if event.note != "refused" and event.copy in ("running", "frozen"):
+            # Without a note it is not only running but done; the log, as known here, may be behind.
             return self._started(event, now)
         return self._refuse(event, now)
 

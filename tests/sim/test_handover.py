@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -199,6 +199,15 @@ def test_a_lost_copy_is_never_refused_nor_called_durable() -> None:
     assert destination.state == "lost"
     effects += destination.handle(ev.Logged("done"), 0.0)
     assert not any(isinstance(effect, ev.Refuse | ev.Sync) for effect in effects)
+
+
+@pytest.mark.parametrize("copy", ["running", "frozen"])
+def test_what_runs_is_not_refused_by_a_log_that_is_behind(copy: Literal["running", "frozen"]) -> None:
+    """The peer died between taking its note away, as all was done, and giving the guest to its keeper."""
+    destination = Destination(migration())
+    effects = destination.handle(ev.Adopted(None, copy), 0.0)
+    assert not any(isinstance(effect, Persist | ev.Discard) for effect in effects)
+    assert destination.handle(ev.Logged("done"), 0.0) == [ev.Sync()]
 
 
 def test_a_lease_bound_guest_waits_for_its_lease() -> None:
