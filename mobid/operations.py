@@ -163,10 +163,13 @@ class Operations:
         state: Callable[[], State],
         links: Forwarder,
         leader: Callable[[float], Awaitable[str]],
+        catch_up: Callable[[], Awaitable[None]],
     ) -> None:
-        """`leader(timeout)` gives the coordinator's id, or raises `OperationError(no-leader)`."""
+        """`leader(timeout)` gives the coordinator's id, or raises `OperationError(no-leader)`. `catch_up()`
+        brings this peer's state up to what the coordinator has answered, if that can be had soon."""
         self._own = own
         self._leader = leader
+        self._catch_up = catch_up
         self._state = state
         self._links = links
         self._handlers: dict[str, tuple[Operation, Callable[..., Awaitable[Any]]]] = {}
@@ -193,7 +196,11 @@ class Operations:
                 if target == self._own:
                     return await handler(request, model)
                 try:
-                    return await self._forward(request, target, model)
+                    result = await self._forward(request, target, model)
+                    if made.route == "coordinator":
+                        # Who asked this peer asks it next about what has just been done.
+                        await self._catch_up()
+                    return result
                 except _NotSentError as error:
                     if made.route != "coordinator":
                         raise error.reason from None

@@ -107,7 +107,11 @@ class Peer:
         self.gossip = Gossip(identity.id, lambda: self.catalog.state, self._turned, self.catalog.sight)
         self.links = Links(identity, lambda: self.catalog.state, self._carry_out, self.gossip)
         self.operations = Operations(
-            identity.id, lambda: self.catalog.state, self.links, self.catalog.wait_leader
+            identity.id,
+            lambda: self.catalog.state,
+            self.links,
+            self.catalog.wait_leader,
+            self._catch_up,
         )
         name = config.name or socket.gethostname()
         self.events = Events(config.path("events.ndjson"), identity.id, name, self.stamps)
@@ -127,6 +131,12 @@ class Peer:
             self.operations.add(part)
         if not self.catalog.empty:
             self.catalog.begin()
+
+    async def _catch_up(self) -> None:
+        try:
+            await self.catalog.read(timeout=2 * self.config.times.election)
+        except OperationError as error:
+            log.info("catalog.not.caught.up", reason=error.message)
 
     @property
     def id(self) -> str:

@@ -49,7 +49,9 @@ class Node:
         self.state = State()
         self.changed = Changed()
         self.links = Links(self.identity, lambda: self.state, self.carry_out, Unseen())
-        self.operations = Operations(self.identity.id, lambda: self.state, self.links, self.leader)
+        self.operations = Operations(
+            self.identity.id, lambda: self.state, self.links, self.leader, trio.lowlevel.checkpoint
+        )
         self.operations.add(self)
         self.tcp = open_tcp(("127.0.0.1", 0))
         self.unix = open_unix(directory / "s")
