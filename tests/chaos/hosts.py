@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from proto.api import OperationError
 from tests.cli import Cli, clean, home
 
 SETTLE_TIMEOUT = 60.0
+SOON = 90.0
 PAUSE = 0.1
 
 
@@ -93,6 +94,18 @@ class Hosts:
                 return leader
             time.sleep(PAUSE)
         raise TimeoutError(f"no leader among {', '.join(chosen)} within {SETTLE_TIMEOUT:g} s")
+
+    @staticmethod
+    def soon(what: str, true: Callable[[], bool]) -> None:
+        """Wait until `true()` holds; no answer counts as no. Raises `TimeoutError`, which says `what`."""
+        deadline = time.monotonic() + SOON
+        while True:
+            with suppress(OperationError):
+                if true():
+                    return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not within {SOON:g} s: {what}")
+            time.sleep(PAUSE)
 
     # Faults.
 

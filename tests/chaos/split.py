@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from proto.api import OperationError
@@ -27,7 +26,6 @@ from tests.guest.beats import BEAT
 FEW = ["tokyo", "virginia"]
 MANY = ["oslo", "lima", "cairo"]
 LAB = "split"
-WAIT = 90.0
 LONG_ENOUGH = 3.0
 """Seconds in which a guest that runs has printed some lines."""
 
@@ -63,11 +61,13 @@ class Split:
         mesh = self._mesh
         mesh.wait_for_leader(mesh.names, voters=5)
         mesh.ask("tokyo", "lab.up", timeout=120, lab=lab_file(), source="split.yaml")
-        self._soon("all guests have begun", lambda: all(self._witness.count(f"{LAB}/{n}") for n in _names()))
+        self._mesh.soon(
+            "all guests have begun", lambda: all(self._witness.count(f"{LAB}/{n}") for n in _names())
+        )
         mesh.cut(FEW, MANY)
         cut = time.monotonic()
         mesh.wait_for_leader(MANY)
-        self._soon("the bound guest of the few runs at the many", self._failed_over)
+        self._mesh.soon("the bound guest of the few runs at the many", self._failed_over)
         self.failover_s = round(time.monotonic() - cut, 2)
         self._ask_the_few()
         self._ask_the_many()
@@ -126,8 +126,8 @@ class Split:
                     return False
             return True
 
-        self._soon("one truth everywhere", settled)
-        self._soon("left-over copies are ended", lambda: self._directories() == len(wanted))
+        self._mesh.soon("one truth everywhere", settled)
+        self._mesh.soon("left-over copies are ended", lambda: self._directories() == len(wanted))
         before = {name: self._witness.count(f"{LAB}/{name}") for name in _names() if name != "few-removed"}
         time.sleep(LONG_ENOUGH)
         for name, count in before.items():
@@ -137,20 +137,6 @@ class Split:
 
     def _directories(self) -> int:
         return sum(1 for _ in self._mesh.cli.dir.glob("*/guests/*/guest.json"))
-
-    def _soon(self, what: str, true: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + WAIT
-        while not self._holds(true):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not within {WAIT:g} s: {what}")
-            time.sleep(0.1)
-
-    @staticmethod
-    def _holds(true: Callable[[], bool]) -> bool:
-        try:
-            return true()
-        except OperationError:
-            return False
 
     def result(self) -> dict[str, Any]:
         """The JSON object of the last line."""

@@ -15,11 +15,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
-from proto.api import OperationError
 from tests.built import built_helper, missing
 from tests.chaos.hosts import Hosts, hosts
 from tests.guest.beats import HEARD, PORT, READ_CLOCK, Beat, parse
@@ -32,7 +29,6 @@ SAY = f"set -- {READ_CLOCK}; echo beat $boot $n $1 $2 | nc -w 1 hearer {PORT}; n
 LOOP = f"boot=$(cat /proc/sys/kernel/random/boot_id); n=0; while :; do {SAY}; done"
 SPEAK = f"( {LOOP} ) </dev/null >/dev/null 2>&1 &"
 HEAR = f"( while :; do nc -l -p {PORT}; done ) </dev/null >{HEARD} 2>/dev/null &"
-WAIT = 90.0
 ENOUGH = 20
 AFTERWARDS = 10.0
 """Seconds for which the woken host may try."""
@@ -63,10 +59,10 @@ class Stopped:
         mesh = self._mesh
         mesh.wait_for_leader(mesh.names, voters=3)
         mesh.ask("tokyo", "lab.up", timeout=120, lab=lab_file(), source="stopped.yaml")
-        self._soon("the speaker is heard", lambda: len(self._heard()) >= ENOUGH)
+        self._mesh.soon("the speaker is heard", lambda: len(self._heard()) >= ENOUGH)
         with mesh.stopped("virginia"):
             until = time.monotonic() + self._seconds
-            self._soon("a second copy is heard", lambda: len({beat.boot for beat in self._heard()}) == 2)
+            self._mesh.soon("a second copy is heard", lambda: len({beat.boot for beat in self._heard()}) == 2)
             time.sleep(max(0.0, until - time.monotonic()))
         time.sleep(AFTERWARDS)
         self._judge(self._heard())
@@ -90,16 +86,6 @@ class Stopped:
         places = [row["peer"] for row in rows if row["vm"] == "speaker"]
         if not places or places == ["virginia"]:
             self.trouble.append(f"the speaker is at {places} in the eyes of the woken host")
-
-    def _soon(self, what: str, true: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + WAIT
-        while True:
-            with suppress(OperationError):
-                if true():
-                    return
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not within {WAIT:g} s: {what}")
-            time.sleep(0.2)
 
     def result(self) -> dict[str, Any]:
         """The JSON object of the last line."""
