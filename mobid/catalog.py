@@ -67,7 +67,6 @@ FULL_PATIENCE = 1.0
 READ_PAUSE = 0.1
 HAND_OVER_PAUSE = 2.0
 WALL_PAUSE = 60.0
-NOTE_PAUSE = 1.0
 
 log = structlog.get_logger()
 
@@ -217,12 +216,11 @@ class Catalog:
         self._changed.set()
 
     async def _note_commit(self) -> None:
-        noted = 0
+        """At once: after a kill -9 the next process must know the guests that it finds running."""
         while True:
-            if self._state.index != noted:
-                noted = self._state.index
-                self._store.note_commit(noted)
-            await trio.sleep(NOTE_PAUSE)
+            noted = self._state.index
+            self._store.note_commit(noted)
+            await self._changed.wait_until(lambda: self._state.index != noted)  # noqa: B023
 
     async def _watch_disk(self, driver: Driver) -> None:
         """A coordinator whose disk is full says so to those who wait, unless the others do without it."""

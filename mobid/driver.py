@@ -30,7 +30,6 @@ LONGEST_SLEEP = 1.0
 """Seconds between two looks at the clock: trio's clock stops while a host sleeps, CLOCK_BOOTTIME does not."""
 
 ROOM_PAUSE = 0.5
-NOTE_PAUSE = 1.0
 
 log = structlog.get_logger()
 

@@ -127,6 +127,9 @@ class Networks:
         self._log = log
         self._listen = listen
         self._ports: dict[tuple[str, str], Port] = {}
+        self._unclaimed: list[dict[str, Any]] = []
+        """Ports of an adopted switch, as it counts them, of guests that the catalog does not know: it may be
+        behind, so they stay as they are until it is up to date."""
         self._switch: Switch | None = None
         self._switched = Changed()
         self._wake = trio.Event()
@@ -217,6 +220,7 @@ class Networks:
             await self._take_back(switch)
         else:
             await self._tell_lease(switch)  # without one, ports bound to it would send for ever
+            self._unclaimed = []
             self._ports = {key: port for key, port in self._ports.items() if port.gone_at is None}
         await self._tell_all(switch)
         if not switch.adopted:
@@ -254,6 +258,7 @@ class Networks:
             self._wake = trio.Event()
             try:
                 async with self._lock:
+                    self._claim()
                     await self._tell_all(switch)
                     await self._tell_impairments(switch)
                     await self._clear(switch)
@@ -301,7 +306,7 @@ class Networks:
     async def _retire(self, switch: Switch) -> bool:
         """End the switch when nobody has needed it for a while."""
         now = trio.current_time()
-        if self._ports or self._lingering or segments(self._catalog.state, self._own):
+        if self._ports or self._unclaimed or self._lingering or segments(self._catalog.state, self._own):
             self._idle_until = None
             return False
         if self._idle_until is None:
@@ -474,7 +479,7 @@ class Networks:
             if port.gone_at is not None and port.gone_at + LINGER <= now:
                 await self._drop(switch, key)
         self._lingering = {key: until for key, until in self._lingering.items() if until > now}
-        for peer in set(switch.peers) - self._partners():
+        for peer in set() if self._unclaimed else set(switch.peers) - self._partners():
             await switch.remove_peer(peer)
 
     # Ports.
@@ -495,6 +500,7 @@ class Networks:
         key = (guest.key, interface.name)
         try:
             async with self._lock:
+                self._claim()
                 old = self._ports.get(key)
                 epoch = guest.epoch + 1 if incoming else guest.epoch
                 if old is not None and old.gone_at is None and old.epoch == epoch:
@@ -505,7 +511,7 @@ class Networks:
                 port = Port(
                     guest=guest.key,
                     interface=interface,
-                    handle=free_port({port.handle for port in self._ports.values()}),
+                    handle=free_port(self._handles()),
                     network=network.id,
                     socket=self._sockets / f"{guest.id}-{interface.name}.net",
                     epoch=epoch,
@@ -551,16 +557,24 @@ class Networks:
         switch.forget("mac_set", (port.network, port.mac))
 
     async def _take_back(self, switch: Switch) -> None:
-        """The ports that an adopted switch has, of guests that are still in the catalog; the others go."""
+        """The ports that an adopted switch has."""
+        self._unclaimed = (await switch.counters())["ports"]
+        self._claim()
+
+    def _claim(self) -> None:
+        """Take those ports of an adopted switch whose guests the catalog knows by now."""
+        if not self._unclaimed:
+            return
         by_mac = {
             mac_bytes(interface.mac): (guest, interface)
             for guest in self._catalog.state.guests.values()
             for interface in guest.interfaces
         }
-        for found in (await switch.counters())["ports"]:
+        strange = []
+        for found in self._unclaimed:
             guest, interface = by_mac.get(found["mac"], (None, None))
             if guest is None or interface is None:
-                await switch.call("port_remove", port=found["port"])
+                strange.append(found)
                 continue
             gone = found["state"] == "gone"
             self._ports[guest.key, interface.name] = Port(
@@ -574,6 +588,27 @@ class Networks:
                 lease_bound=guest.lease_bound,
                 gone_at=trio.current_time() if gone else None,
             )
+        self._unclaimed = strange
+
+    def _handles(self) -> set[int]:
+        """The switch's numbers of ports that are taken."""
+        return {port.handle for port in self._ports.values()} | {found["port"] for found in self._unclaimed}
+
+    async def drop_strangers(self) -> None:
+        """The catalog is up to date: ports of guests that it does not know go."""
+        async with self._lock:
+            self._claim()
+            switch, known = self._switch, self._catalog.state.guests
+            try:
+                while self._unclaimed and switch is not None:
+                    await switch.call("port_remove", port=self._unclaimed[-1]["port"])
+                    self._unclaimed.pop()
+                for key in [key for key, port in self._ports.items() if port.guest not in known]:
+                    if switch is not None:
+                        await self._drop(switch, key)
+            except HelperError as error:
+                logger.warning("a port could not be removed", reason=error.message)
+        self._wake_up()
 
     async def remove_port(self, guest: str, interface: str) -> None:
         """Remove the port of the guest LAB/NAME; no error if it is not there. One that was redirected goes

@@ -348,6 +348,7 @@ class Peer:
             await self.catalog.wait(lambda _state: self.catalog.fresh)
         await self._make_up_known()
         await self.catalog.wait(lambda _state: self.catalog.fresh)
+        await self.networks.drop_strangers()
         await self._make_up_known()
 
     async def _make_up_known(self) -> None:

@@ -349,6 +349,51 @@ async def test_the_switch_is_taken_back_by_the_next_peer(socket_dir: Path) -> No
         await gets_through(b, a, 4)
 
 
+async def test_a_catalog_that_is_behind_costs_no_port(socket_dir: Path) -> None:
+    """The note of what is committed is lost: at its start the peer does not know its guest, but it runs."""
+    async with meshwork(socket_dir, ("one",)) as mesh:
+        (one,) = mesh.peers
+        a, b = await mesh.guest(one, A, 1), await mesh.guest(one, B, 2)
+        await gets_through(a, b, 1)
+        await one.networks.add_port(one.catalog.state.guests[A], interface(1))
+        ended = mesh.ended[one.id]
+        one.end()
+        with trio.fail_after(TIMEOUT):
+            await ended.wait()
+        mesh.peers.remove(one)
+        (one.config.directory / "catalog" / "commit").unlink()
+        again = await restart(mesh, one)
+        await again.catalog.wait(lambda _state: again.catalog.fresh, TIMEOUT)
+
+        async def both() -> bool:
+            return {port.guest for port in again.networks.ports} == {A, B}
+
+        await comes_true(both)
+        await gets_through(a, b, 2)
+        await gets_through(b, a, 3)
+
+
+async def test_ports_of_guests_that_were_removed_meanwhile_go(socket_dir: Path) -> None:
+    async with meshwork(socket_dir, ("one", "two")) as mesh:
+        one, two = mesh.peers
+        a, b = await mesh.guest(one, A, 1), await mesh.guest(two, B, 2)
+        await gets_through(a, b, 1)
+        ended = mesh.ended[two.id]
+        two.end()
+        with trio.fail_after(TIMEOUT):
+            await ended.wait()
+        mesh.peers.remove(two)
+        await mesh.put(one, entries.RemoveGuest(guest=B))
+        (two.config.directory / "catalog" / "commit").unlink()
+        again = await restart(mesh, two)
+
+        async def gone() -> bool:
+            switch = again.networks._switch
+            return switch is None or not (await switch.counters())["ports"]
+
+        await comes_true(gone)
+
+
 async def restart(mesh: Meshwork, ended: Peer) -> Peer:
     config = configuration.Config(directory=ended.config.directory, listen=("127.0.0.1", 0))
     peer = load(config, ended.identity)
