@@ -334,15 +334,18 @@ class Catalog:
         return self._machine is not None and self._machine.configuration.joint
 
     def missing(self) -> dict[str, float]:
-        """The voters that do not answer, and for how many seconds they have been silent."""
+        """The voters that do not answer, and for how many seconds they have been silent. One that has left
+        the mesh will not answer any more, whenever it was last heard."""
         now = boottime()
         patience = SILENT_AFTER + 3 * self._settings.raft.election
-        silent = {
-            peer: now - self._heard.get(peer, self._begun)
-            for peer in self.voters
-            if peer != self._own and self._looks.get(peer) != "alive"
-        }
-        return {peer: silence for peer, silence in silent.items() if silence > patience}
+        found = {}
+        for peer in self.voters - {self._own}:
+            silence = now - self._heard.get(peer, self._begun)
+            member = self._state.members.get(peer)
+            left = member is not None and member.status == "left"
+            if left or (self._looks.get(peer) != "alive" and silence > patience):
+                found[peer] = silence
+        return found
 
     def dispensable(self, peer: str) -> bool:
         """Whether the mesh could decide without this peer, if it were gone now."""
@@ -355,13 +358,17 @@ class Catalog:
         """Let another voter coordinate, if this peer does; raises `OperationError(conflict)`."""
         deadline = trio.current_time() + timeout
         while self.leads:
-            heirs = sorted(self.voters - self.missing().keys() - {self._own})
+            heirs = sorted(self.voters - self.missing().keys() - {self._own}, key=self._drains)
             if trio.current_time() >= deadline:
                 raise OperationError("conflict", "no other voter has taken over", "try again in a moment")
             if heirs:
                 self.feed(TransferTo(heirs[0]))
             with trio.move_on_after(min(HAND_OVER_PAUSE, timeout)):
                 await self._changed.wait_until(lambda: not self.leads)
+
+    def _drains(self, peer: str) -> bool:
+        member = self._state.members.get(peer)
+        return member is not None and member.draining
 
     def no_leader(self) -> OperationError:
         """Why there is no coordinator, in words."""

@@ -304,13 +304,21 @@ class Mesh:
             await trio.sleep(RELEASE_PAUSE)
         if not drained:
             await self._catalog.propose(entries.DrainPeer(peer=member.id, draining=False))
-        names = ", ".join(self._catalog.state.peer_name(peer) for peer in self._catalog.missing())
-        raise OperationError(
-            "conflict",
-            f"without {member.name} too few of the mesh's voters would answer"
-            + (f"; missing: {names}" if names else ""),
-            "start the missing peers, or evict them first",
-        )
+        raise self._indispensable(member)
+
+    def _indispensable(self, member: entries.Member) -> OperationError:
+        state = self._catalog.state
+        missing = ", ".join(state.peer_name(peer) for peer in self._catalog.missing())
+        others = (m for m in state.members.values() if m.status == "member" and m.id != member.id)
+        drained = [other.name for other in others if other.draining]
+        message = f"without {member.name} too few of the mesh's voters would answer"
+        if missing:
+            hint = "start the missing peers, or evict them first"
+            return OperationError("conflict", f"{message}; missing: {missing}", hint)
+        if drained:
+            hint = f"let one of them be used again: mobictl peer drain {drained[0]} --undo"
+            return OperationError("conflict", f"{message}; draining: {', '.join(drained)}", hint)
+        return OperationError("conflict", message, "let another peer join first")
 
 
 def _doors(state: State) -> list[dict[str, Any]]:

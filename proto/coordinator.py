@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from proto import failover, voters
-from proto.entries import Entry, FailOverGuest, Member, Proposal, SetLease
+from proto.entries import Entry, FailOverGuest, Member, Proposal, RemovePeer, SetLease
 from proto.intake import Intake
 from proto.lease_events import PeerLost, Renew
 from proto.leases import Grantor, GrantorEffect
@@ -66,8 +66,22 @@ class Coordinator:
 
     def append(self, proposals: Iterable[Proposal], view: View) -> list[Want]:
         """Take proposals of members into the log."""
-        payloads = self.intake.take(proposals, view.state, view.wall)
+        timely = (proposal for proposal in proposals if not self._too_early(proposal, view))
+        payloads = self.intake.take(timely, view.state, view.wall)
         return [raft.Propose(payloads)] if payloads else []
+
+    def _too_early(self, proposal: Proposal, view: View) -> bool:
+        """Whether a peer would leave while those that stay are no majority of the voters without it.
+
+        Its proposer sends the proposal again, and by then the voters have been changed. So whatever set of
+        voters is in the log, those that have not left can decide: two that leave at once strand nobody.
+        """
+        if not isinstance(proposal.entry, RemovePeer):
+            return False
+        left = {member.id for member in view.state.members.values() if member.status == "left"}
+        gone = left | self.intake.leaving() | {proposal.entry.peer}
+        deciding = view.configuration.deciding
+        return not self.settled or not view.configuration.quorum(deciding - gone)
 
     def decide(self, entry: Entry, view: View) -> tuple[int, list[Want]]:
         """Take a decision of this coordinator into the log."""
@@ -177,7 +191,7 @@ class Coordinator:
             now=view.now,
             dead_after=self._settings.voter_dead_after,
         )
-        step = voters.step(electorate)
+        step = None if self.intake.leaving() else voters.step(electorate)
         return [step] if step else []
 
     def _set_leases(self, view: View) -> list[Want]:

@@ -64,6 +64,11 @@ class Intake:
             self._under_way.pop(_name(proposal), None)
         return proposal
 
+    def leaving(self) -> set[str]:
+        """The peers whose removal is under way."""
+        entries_under_way = (proposal.entry for proposal in self._proposals.values())
+        return {entry.peer for entry in entries_under_way if isinstance(entry, entries.RemovePeer)}
+
     def _stamped(self, proposal: Proposal, state: State, wall: float) -> bytes:
         self._time = max(self._time, state.time, wall)
         proposal = proposal.model_copy(update={"time": self._time})

@@ -109,6 +109,8 @@ def step(electorate: Electorate) -> ChangeVoters | TransferTo | None:
         if heirs:
             order = {peer: (electorate.flaws(peer), electorate.distance(peer), peer) for peer in heirs}
             return TransferTo(min(heirs, key=order.__getitem__))
+        if not electorate.present(electorate.own) and voters & wanted:
+            return None  # one of these takes over as soon as it can
         wanted = wanted | {electorate.own}
     if wanted == voters or not _can_commit(electorate, voters) or not _can_commit(electorate, wanted):
         return None

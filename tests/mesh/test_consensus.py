@@ -157,6 +157,23 @@ async def test_the_coordinator_leaves_and_the_next_one_is_evicted(mesh: Mesh) ->
         await last.ask("peer.leave")
 
 
+async def test_two_that_leave_at_once_do_not_strand_the_third(mesh: Mesh) -> None:
+    peers = await three(mesh)
+    kept = await make_token(peers[0])
+    first = await coordinator(peers)
+    second, last = (peer for peer in peers if peer is not first)
+
+    async def leave(peer: PeerProcess) -> None:
+        await peer.ask("peer.leave", timeout=90.0)
+        assert await peer.ended() == 0
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(leave, first)
+        nursery.start_soon(leave, second)
+    await votes(last, last.name)
+    await has_tokens(last, kept, await make_token(last))
+
+
 # Compaction, with the catalogs of peers in this process: real disks, sockets and TLS, and small limits.
 
 

@@ -64,6 +64,8 @@ class Faults:
             self.lose_host,
         ]
         self._kinds = rng.sample(kinds, rng.choice((0, 1, 2, 3, 5, 8, len(kinds))))
+        self.loses_logs = not {self.lose_host, self.damage_log}.isdisjoint(self._kinds)
+        """Whether what a peer had on disk may be gone for good in this world."""
         self._crash_at: tuple[str, str] | None = None
         if rng.random() < 0.3:
             self.weather()
@@ -107,7 +109,11 @@ class Faults:
 
     def survives_without(self, host: Host) -> bool:
         """Whether a majority of every set of voters that anybody goes by has its log, even without this."""
-        sound = {h.id for h in self.world.hosts.values() if not (h.gone or h.disk.recovering or h is host)}
+        sound = {
+            h.id
+            for h in self.world.hosts.values()
+            if not (h.gone or h.leaving or h.disk.recovering or h is host)
+        }
         return all(
             process.machine.configuration.quorum(sound)
             for process in self.world.processes()

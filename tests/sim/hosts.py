@@ -66,6 +66,8 @@ class Host:
         """By the guest's id."""
         self.gone = False
         """It never comes back."""
+        self.leaving = False
+        """Somebody has asked that it leaves the mesh, or that it be evicted: it may be gone soon."""
         self.still = False
         self.woke = 0.0
         """Real time at which it last went on after having stood still."""
@@ -128,6 +130,15 @@ class Host:
         for copy in self.copies.values():
             self.world.invariants.stopped(self, copy)
             copy.phase, copy.frozen_by, copy.stopped_shim = "none", set(), False
+
+    def leave(self) -> None:
+        """Its peer has learnt that it is no member any more: it ends its guests, and then itself."""
+        self.world.say(self.name, "is no member any more, and ends")
+        if self.process is not None:
+            self.process.end()
+        for copy in list(self.copies.values()):
+            self.remove(copy)
+        self.gone = True
 
     # Shims.
 

@@ -18,6 +18,7 @@ from unittest import mock
 from proto import catalog, handover, peer
 from proto import handover_events as ev
 from proto import peer_events as pe
+from proto.coordinator import Coordinator
 from proto.leases import Grantor, Holder
 from proto.raft.events import Ballot, Stored
 from tests.sim.disks import Disk
@@ -101,6 +102,12 @@ MUTATIONS = {
     ),
     "shim": Mutation(
         "a shim does not look at its deadline", Host, "_check_deadline", lambda self, boot, copy: None
+    ),
+    "leaving": Mutation(
+        "peers leave whether or not the others can decide without them",
+        Coordinator,
+        "_too_early",
+        lambda self, proposal, view: False,
     ),
     "release": Mutation("a source thaws after a release", handover.Source, "_sent", _thaws_at_once),
 }

@@ -44,7 +44,7 @@ class Operator:
             self.tidy()
             return
         todo = [self.add_guest, self.change_wanted, self.remove_guest] + self._moves * [self.migrate]
-        todo += self._membership * [self.join, self.drain, self.evict]
+        todo += self._membership * [self.join, self.drain, self.evict, self.leave]
         self.world.rng.choice(todo)()
         self.world.at(self._pace * 2 * self.world.rng.random(), self._work)
 
@@ -162,11 +162,34 @@ class Operator:
             self._ask(entries.DrainPeer(peer=id, draining=draining))
 
     def evict(self) -> None:
-        """A peer that is gone for ever is evicted, with its guests."""
-        for host in self.world.hosts.values():
-            member = self._state.members.get(host.id)
-            if host.gone and member is not None and member.status == "member":
-                self._ask(entries.RemovePeer(peer=host.id, force=True))
+        """Peers that are gone for ever are evicted, with their guests; sometimes one that is not."""
+        for id in self._members():
+            if self.world.hosts[id].gone:
+                self._ask(entries.RemovePeer(peer=id, force=True))
+        host = self._dispensable() if self.world.rng.random() < 0.3 else None
+        if host is not None:
+            self._ask(entries.RemovePeer(peer=host.id, force=True))
+
+    def leave(self) -> None:
+        """Peers leave, perhaps several at once: each gives its vote away first, and must have no guests."""
+        for _ in range(self.world.rng.choice((1, 1, 2))):
+            host = self._dispensable()
+            if host is not None:
+                self._ask(entries.DrainPeer(peer=host.id, draining=True))
+                self.world.at(4.0 * self.world.rng.random(), self._leave, host)
+
+    def _leave(self, host: Host) -> None:
+        if host.process is not None:
+            self._ask(entries.RemovePeer(peer=host.id), host.process)
+
+    def _dispensable(self) -> Host | None:
+        """A peer that may leave. Where nothing else is lost, that is everybody at any time: the peers
+        themselves see to it that enough others stay."""
+        host, faults = self.world.hosts[self.world.rng.choice(self._members())], self.world.faults
+        if host.gone or (faults.loses_logs and not faults.survives_without(host)):
+            return None
+        host.leaving = True
+        return host
 
     # In the end.
 

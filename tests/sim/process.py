@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 WALL_EVERY = 60.0
 LEASE_GUARD = 0.02
+STANDING_EVERY = 10.0
+FAREWELL = 0.5
 
 Answer = Callable[[int, OperationError | None], None]
 """Called with the index at which a proposal was decided, and why it was refused."""
@@ -95,6 +97,7 @@ class Process:
         self.state = self.machine.state
         self.moves.take_up()
         self._ask_fresh()
+        self._ask_standing()
 
     def end(self) -> None:
         """The process dies: `kill -9`."""
@@ -231,8 +234,29 @@ class Process:
         self.state = effect.state
         if proposal is not None and (proposal.client, proposal.boot) == (self.host.id, self.boot):
             self._decided(proposal, effect)
+        if self._left:
+            self.after(FAREWELL, self.host.leave)
         if of_log:
             self._look(proposal.entry if proposal is not None and effect.refused is None else None)
+
+    @property
+    def _left(self) -> bool:
+        member = self.state.members.get(self.host.id)
+        return member is not None and member.status == "left"
+
+    def _ask_standing(self) -> None:
+        """Who was away while it was evicted gets no records any more, and asks around."""
+        if self._left:
+            self.host.leave()
+            return
+        if not self.leader:
+            other = self.world.some_process()
+            if other is not None and self.world.network.reaches(other.host.id, self.host.id):
+                member = other.state.members.get(self.host.id)
+                if member is not None and member.status == "left" and other.state.index > self.state.index:
+                    self.host.leave()
+                    return
+        self.after(STANDING_EVERY, self._ask_standing)
 
     def _look(self, entry: entries.AnyEntry | None) -> None:
         if entry is not None and entry.kind not in QUIET:

@@ -262,6 +262,34 @@ def _settled_without(cluster: Cluster, name: str, count: int) -> bool:
     )
 
 
+def test_two_that_leave_at_once_do_not_strand_the_third() -> None:
+    """Each is dispensable, both together are not: the second waits until the voters have been changed."""
+    cluster = mesh("abc", "abc")
+    outcomes = {name: cluster.propose(name, e.RemovePeer(peer=ident(name))) for name in "bc"}
+    gone: set[str] = set()
+    for _ in "bc":
+        cluster.until(lambda: any(outcomes[name]() for name in set("bc") - gone))
+        for name in set("bc") - gone:
+            if outcomes[name]():
+                gone.add(name)
+                cluster.crash(name)
+                cluster.see_dead(name)
+    cluster.commit("a", token("still"))
+    cluster.settle_voters("a")
+
+
+def test_a_sole_voter_that_leaves_first_gives_its_vote_away() -> None:
+    cluster = mesh("ab", "a")
+    outcome = cluster.propose("a", e.RemovePeer(peer=ident("a")))
+    cluster.run(5.0)
+    assert outcome() is None
+    cluster.commit("b", e.DrainPeer(peer=ident("a"), draining=True))
+    cluster.until(outcome)
+    cluster.crash("a")
+    cluster.commit("b", token("still"))
+    assert cluster.voters() == "b"
+
+
 def test_a_voter_that_stays_dead_is_replaced() -> None:
     cluster = mesh("abcd", "abc")
     cluster.crash("b")
