@@ -357,12 +357,14 @@ class Catalog:
     async def hand_over(self, timeout: float) -> None:
         """Let another voter coordinate, if this peer does; raises `OperationError(conflict)`."""
         deadline = trio.current_time() + timeout
-        while self.leads:
+        for attempt in itertools.count():
+            if not self.leads:
+                return
             heirs = sorted(self.voters - self.missing().keys() - {self._own}, key=self._drains)
             if trio.current_time() >= deadline:
                 raise OperationError("conflict", "no other voter has taken over", "try again in a moment")
             if heirs:
-                self.feed(TransferTo(heirs[0]))
+                self.feed(TransferTo(heirs[attempt % len(heirs)]))
             with trio.move_on_after(min(HAND_OVER_PAUSE, timeout)):
                 await self._changed.wait_until(lambda: not self.leads)
 

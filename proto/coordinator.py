@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from proto import failover, voters
-from proto.entries import Entry, FailOverGuest, Member, Proposal, RemovePeer, SetLease
+from proto import entries, failover, voters
+from proto.entries import Entry, FailOverGuest, Member, Proposal, SetLease
 from proto.intake import Intake
 from proto.lease_events import PeerLost, Renew
 from proto.leases import Grantor, GrantorEffect
@@ -44,6 +44,8 @@ class View:
     looks: Mapping[str, Look]
     configuration: Configuration
     recovering: Collection[str]
+    current: Collection[str]
+    lagging: Collection[str]
     now: float
     wall: float
 
@@ -68,7 +70,12 @@ class Coordinator:
         """Take proposals of members into the log."""
         timely = (proposal for proposal in proposals if not self._too_early(proposal, view))
         payloads = self.intake.take(timely, view.state, view.wall)
-        return [raft.Propose(payloads)] if payloads else []
+        if not payloads:
+            return []
+        if self.intake.leaving():
+            # Who leaves may be about to become a voter: no change of voters outlives this.
+            return [raft.ChangeVoters(view.configuration.voters), raft.Propose(payloads)]
+        return [raft.Propose(payloads)]
 
     def _too_early(self, proposal: Proposal, view: View) -> bool:
         """Whether a peer would leave while those that stay are no majority of the voters without it.
@@ -76,10 +83,11 @@ class Coordinator:
         Its proposer sends the proposal again, and by then the voters have been changed. So whatever set of
         voters is in the log, those that have not left can decide: two that leave at once strand nobody.
         """
-        if not isinstance(proposal.entry, RemovePeer):
+        leaving = entries.removed_peers(proposal.entry)
+        if not leaving:
             return False
         left = {member.id for member in view.state.members.values() if member.status == "left"}
-        gone = left | self.intake.leaving() | {proposal.entry.peer}
+        gone = left | self.intake.leaving() | leaving
         deciding = view.configuration.deciding
         return not self.settled or not view.configuration.quorum(deciding - gone)
 
@@ -187,6 +195,8 @@ class Coordinator:
             looks=view.looks,
             configuration=view.configuration,
             recovering=view.recovering,
+            current=view.current,
+            lagging=view.lagging,
             own=self._own,
             now=view.now,
             dead_after=self._settings.voter_dead_after,

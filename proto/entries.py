@@ -569,6 +569,13 @@ class Proposal(Thing):
     stamp: int = Field(default=0, ge=0)
 
 
+def removed_peers(entry: Entry) -> set[str]:
+    """The peers that are no members any more once this is true."""
+    if isinstance(entry, Batch):
+        return set().union(*map(removed_peers, entry.entries))
+    return {entry.peer} if isinstance(entry, RemovePeer) else set()
+
+
 def encode(proposal: Proposal) -> bytes:
     """The bytes of a log record's payload."""
     return wire.pack({"format": FORMAT, **proposal.model_dump(mode="python")})

@@ -66,8 +66,7 @@ class Intake:
 
     def leaving(self) -> set[str]:
         """The peers whose removal is under way."""
-        entries_under_way = (proposal.entry for proposal in self._proposals.values())
-        return {entry.peer for entry in entries_under_way if isinstance(entry, entries.RemovePeer)}
+        return set().union(*(entries.removed_peers(p.entry) for p in self._proposals.values()))
 
     def _stamped(self, proposal: Proposal, state: State, wall: float) -> bytes:
         self._time = max(self._time, state.time, wall)

@@ -341,6 +341,8 @@ class Peer:
             looks=self._looks,
             configuration=self.raft.configuration,
             recovering=self.raft.recovering_replicas,
+            current=self.raft.current_replicas,
+            lagging=self.raft.lagging,
             now=self._now,
             wall=self._wall_now(),
         )

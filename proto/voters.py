@@ -41,13 +41,16 @@ UNSEEN = Look("suspect", float("inf"))
 class Electorate:
     """What the choice depends on. `looks` need not have everybody; the leader, `own`, is alive of course.
 
-    `recovering`: replicas that have lost acknowledged records. `dead_after` in seconds.
+    `recovering`: replicas that have lost acknowledged records; `current`: those that live and have all that
+    is committed; `lagging`: newcomers that did not catch up when they were tried. `dead_after` in seconds.
     """
 
     members: Mapping[str, Member]
     looks: Mapping[str, Look]
     configuration: Configuration
     recovering: Collection[str]
+    current: Collection[str]
+    lagging: Collection[str]
     own: str
     now: float
     dead_after: float
@@ -71,7 +74,7 @@ class Electorate:
 
     def fit(self, peer: str) -> bool:
         """Whether it can become a voter now."""
-        return self.present(peer) and self.able(peer)
+        return self.present(peer) and self.able(peer) and peer not in self.lagging
 
     def flaws(self, peer: str) -> int:
         """0 for a good voter; the worse, the sooner it is replaced or dropped."""
@@ -102,10 +105,12 @@ def step(electorate: Electorate) -> ChangeVoters | TransferTo | None:
         return None
     voters = set(configuration.voters)
     wanted = choose(electorate)
+    if wanted == voters and configuration.learners:
+        return ChangeVoters(configuration.voters)  # what another leader began, and nobody wants any more
     if wanted == voters or not wanted:
         return None
     if electorate.own not in wanted:
-        heirs = [peer for peer in voters & wanted if electorate.able(peer)]
+        heirs = [peer for peer in voters & wanted if electorate.able(peer) and peer in electorate.current]
         if heirs:
             order = {peer: (electorate.flaws(peer), electorate.distance(peer), peer) for peer in heirs}
             return TransferTo(min(heirs, key=order.__getitem__))

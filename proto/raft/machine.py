@@ -155,6 +155,17 @@ class Raft:
         progress = self._leadership.progress if self._leadership else {}
         return frozenset(peer for peer, found in progress.items() if found.recovering)
 
+    @property
+    def current_replicas(self) -> frozenset[str]:
+        """At the leader: replicas that live and have all that is committed."""
+        leadership = self._leadership
+        return frozenset(filter(leadership.caught_up, leadership.progress)) if leadership else frozenset()
+
+    @property
+    def lagging(self) -> frozenset[str]:
+        """At the leader: peers that were to become voters not long ago and did not catch up."""
+        return self._membership.lagging if self._membership else frozenset()
+
     # What happens.
 
     def handle(self, event: Event, now: float) -> list[Effect]:

@@ -7,8 +7,9 @@ new one. Whoever leads while a joint configuration is committed takes the last s
 far is finished even if the leader that began it dies. A leader that is not in the new configuration hands
 over when that is committed.
 
-A transfer stops taking proposals, waits until the chosen voter has the whole log, and tells it to campaign at
-once. From that message on the leader's lease is void, since the voters will not wait for silence.
+A transfer stops taking proposals once the chosen voter has all that is committed, waits until it has the
+whole log, and tells it to campaign at once. From that message on the leader's lease is void, since the voters
+will not wait for silence.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from proto.raft.replication import Leadership
 
 PATIENCE = 10
 """A newcomer that has not caught up after so many `election`s is given up."""
+
+REST = 60
+"""For so many `election`s it is better not tried again."""
 
 
 @dataclass(slots=True)
@@ -45,14 +49,25 @@ class Membership:
         self._leadership = leadership
         self._change: _Change | None = None
         self._transfer: _Transfer | None = None
+        self._given_up: dict[str, float] = {}
+
+    @property
+    def lagging(self) -> frozenset[str]:
+        """Newcomers that did not catch up when they were tried not long ago."""
+        return frozenset(peer for peer, until in self._given_up.items() if self._replica.now < until)
 
     @property
     def busy(self) -> bool:
         return self._change is not None or self._transfer is not None
 
     def change_voters(self, voters: frozenset[str]) -> None:
-        """Make these the voters, unless a change is under way."""
-        if voters and self._change is None and not self._replica.configuration.joint:
+        """Make these the voters; a change to others is given up for it unless it is joint already.
+
+        The present voters are a target too: then nobody is waited for any more.
+        """
+        if not voters or self._replica.configuration.joint:
+            return
+        if self._change is None or self._change.target != voters:
             self._change = _Change(voters, self._replica.now + PATIENCE * self._replica.settings.election)
 
     def transfer_to(self, peer: str) -> None:
@@ -60,7 +75,7 @@ class Membership:
         replica = self._replica
         if peer in replica.configuration.voters and peer != replica.own:
             self._transfer = _Transfer(peer, replica.now + replica.settings.election)
-            self._leadership.blocked = True
+            self._leadership.blocked = False
 
     def step(self) -> None:
         """Take the next step, if it is time to."""
@@ -86,6 +101,9 @@ class Membership:
         )
         if self._replica.now > change.until or lost:
             self._change = None
+            late = (peer for peer in newcomers if not self._leadership.caught_up(peer))
+            again = self._replica.now + REST * self._replica.settings.election
+            self._given_up |= dict.fromkeys(late, again)
             if now.learners:
                 self._leadership.change(Configuration(voters=now.voters))
         elif now.learners != newcomers:
@@ -110,6 +128,8 @@ class Membership:
         if replica.now > transfer.until or progress is None or progress.recovering:
             self._transfer, leadership.blocked = None, False
             return
+        # Proposals wait only for one that keeps up.
+        leadership.blocked |= leadership.caught_up(transfer.target)
         again = transfer.told is None or replica.now - transfer.told >= replica.settings.heartbeat
         if progress.match == replica.log.last_index and again:
             transfer.told = replica.now

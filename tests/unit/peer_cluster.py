@@ -102,6 +102,8 @@ class Cluster:
         self.hosts: dict[str, Host] = {}
         self.cut: set[frozenset[str]] = set()
         self.drop: Callable[[Host, Host, Any], bool] = lambda _source, _target, _message: False
+        self.stuck: dict[str, list[tuple[str, raft.Durable]]] = {}
+        """Peers whose disks stand still, and what waits to be written there."""
         self.rng = random.Random(1)
         self.sent: list[tuple[str, str, Any]] = []
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -125,8 +127,8 @@ class Cluster:
     def crash(self, name: str) -> None:
         self.hosts[name].up = False
 
-    def restart(self, name: str) -> Host:
-        return self._start(name, self.hosts[name].disk.stored)
+    def restart(self, name: str, contacts: str = "") -> Host:
+        return self._start(name, self.hosts[name].disk.stored, map(ident, contacts))
 
     def join(self, *names: str) -> None:
         """Let peers in, one after the other, and wait until all know them and they know all."""
@@ -258,7 +260,15 @@ class Cluster:
         if frozenset((host.name, target.name)) not in self.cut:
             self._later(target, self.now + NETWORK, raft.Received(host.id, message))
 
+    def disk_goes_on(self, name: str) -> None:
+        for key, data in self.stuck.pop(name):
+            self._write(self.hosts[name], key, data)
+
     def _write(self, host: Host, key: str, data: raft.Durable) -> None:
+        if host.name in self.stuck:
+            self.stuck[host.name].append((key, data))
+            return
+
         def written() -> None:
             if host.up:
                 host.disk.write(data)

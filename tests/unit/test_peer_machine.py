@@ -290,6 +290,59 @@ def test_a_sole_voter_that_leaves_first_gives_its_vote_away() -> None:
     assert cluster.voters() == "b"
 
 
+def test_who_leaves_while_about_to_become_a_voter_becomes_none() -> None:
+    cluster = mesh("abcd", "abc")
+    cluster.stuck["d"] = []
+    cluster.commit("a", e.DrainPeer(peer=ident("c"), draining=True))
+    cluster.run(2.0)
+    cluster.commit("a", e.RemovePeer(peer=ident("b")))
+    outcome = cluster.propose("a", e.RemovePeer(peer=ident("d")))
+    cluster.until(outcome)
+    cluster.disk_goes_on("d")
+    cluster.run(0.3)
+    for name in "bd":
+        cluster.crash(name)
+    cluster.see_dead("b", "d")
+    cluster.commit("a", token("still"))
+
+
+def test_an_heir_that_cannot_catch_up_holds_up_nobody() -> None:
+    cluster = mesh("abcd", "abc")
+    cluster.stuck["b"] = []
+    cluster.commit("a", e.DrainPeer(peer=ident("a"), draining=True))
+    for number in range(10):
+        cluster.commit("d", token(f"t{number}"), limit=3.0)
+        cluster.run(1.0)
+    cluster.until(lambda: cluster.leads("cd"))
+
+
+def test_a_newcomer_that_cannot_catch_up_leaves_its_place_to_another() -> None:
+    cluster = mesh("abcde", "abcde", Settings())
+    cluster.join("f", "g")
+    cluster.stuck["f"] = []
+    cluster.commit("a", e.DrainPeer(peer=ident("c"), draining=True))
+    cluster.settle_voters("abdeg")
+
+
+def test_a_voter_that_lost_its_log_recovers_although_its_place_cannot_be_taken() -> None:
+    cluster = mesh("abcd", "abc")
+    cluster.stuck["d"] = []
+    cluster.crash("c")
+    cluster.hosts["c"].disk.stored = raft.Stored(recovering=True)
+    cluster.restart("c", "ab")
+    cluster.until(lambda: not cluster.hosts["c"].machine.raft.recovering)
+    cluster.settle_voters("abc")
+
+
+def test_learners_that_nobody_wants_any_more_are_none_for_long() -> None:
+    cluster = mesh("abcd", "abc")
+    cluster.stuck["d"] = []
+    cluster.commit("a", e.DrainPeer(peer=ident("c"), draining=True))
+    cluster.until(lambda: cluster.leader.machine.configuration.learners)
+    cluster.commit("a", e.DrainPeer(peer=ident("c"), draining=False))
+    cluster.until(lambda: not cluster.leader.machine.configuration.learners, limit=5.0)
+
+
 def test_a_voter_that_stays_dead_is_replaced() -> None:
     cluster = mesh("abcd", "abc")
     cluster.crash("b")

@@ -124,17 +124,52 @@ def test_a_configuration_cut_off_holds_no_more() -> None:
     """)
 
 
-def test_a_change_while_one_is_under_way_is_not_begun() -> None:
+def test_a_change_gives_way_to_another_while_its_newcomers_catch_up() -> None:
     Scene("a b c", "d e").play("""
         campaign a
         cut d
         voters a a b d
-        voters a a b e
         a config=abc+d
+        voters a a b e
+        a config=abe
         heal
         beat a
-        a config=abd
+        a config=abe
         voters a
+        a config=abe
+    """)
+
+
+def test_to_want_the_present_voters_ends_a_change() -> None:
+    Scene("a b c", "d").play("""
+        campaign a
+        cut d
+        voters a a b d
+        a config=abc+d
+        voters a a b c
+        a config=abc
+        heal
+        beat a
+        a config=abc
+    """)
+
+
+def test_a_joint_change_is_not_replaced() -> None:
+    scene = Scene("a b c", "d e")
+    scene.play("""
+        campaign a
+        hold b
+        hold c
+        voters a a b d
+    """)
+    scene.do_disk("b", "1")
+    scene.settle()
+    scene.play("""
+        a config=abd/abc
+        voters a a b e
+        disk b
+        disk c
+        beat a
         a config=abd
     """)
 
@@ -228,13 +263,13 @@ def test_a_transfer_catches_up_first_and_needs_no_silence() -> None:
         propose a x
         transfer a b
         a leader
-        propose a blocked
-        a last=3
+        propose a y
+        a last=4
         disk b
         b leader term=3 quiet=0.0
         beat b
-        a follower leader=b applied=x
-        b applied=x
+        a follower leader=b applied=x,y
+        b applied=x,y
     """)
 
 

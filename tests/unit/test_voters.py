@@ -38,6 +38,8 @@ def electorate(members: str, voters: str, own: str = "a", dead: str = "", **more
         looks=more.pop("looks", looks),
         configuration=more.pop("configuration", Configuration(voters=frozenset(voters))),
         recovering=more.pop("recovering", ""),
+        current=more.pop("current", members),
+        lagging=more.pop("lagging", ""),
         own=own,
         now=more.pop("now", 100.0),
         dead_after=DEAD_AFTER,
@@ -177,7 +179,7 @@ def test_whatever_the_mesh_it_comes_to_rest_and_every_step_can_be_committed(mesh
     ill = {names[place] for place in recovering if place < len(names)} - {own}
     for _ in range(12):
         configuration = Configuration(voters=frozenset(voters))
-        now = Electorate(members, looks, configuration, ill & voters, own, 100.0, DEAD_AFTER)
+        now = Electorate(members, looks, configuration, ill & voters, names, "", own, 100.0, DEAD_AFTER)
         taken = step(now)
         assert step(now) == taken
         if taken is None:
