@@ -24,13 +24,14 @@ _COPY = 1 << 20
 class LogFile:
     """Owns the open file; every method blocks. Raises `OperationError` (`no-room`, `failed`)."""
 
-    def __init__(self, path: Path) -> None:
-        """Open a log that is there and cut its torn tail; raises `log.DamagedError`."""
+    def __init__(self, path: Path, durable: int = 0) -> None:
+        """Open a log that is there and cut its torn tail; raises `log.DamagedError`, also if that would cut
+        off record `durable`, which is known to have been synced."""
         self.path = path
         self._failed: OperationError | None = None
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            scan = log.scan(path.read_bytes(), str(path))
+            scan = log.scan(path.read_bytes(), str(path), durable)
             self.records = scan.records
             """What was read; not kept in step with what is written later."""
             self.base_index, self.base_term = scan.base_index, scan.base_term

@@ -4,7 +4,7 @@
     catalog/log         records after a base (`proto/log.py`)
     catalog/snapshot    the state at one record, sealed; it covers everything up to the log's base
     catalog/ballot      the newest term seen and the vote given in it, sealed
-    catalog/commit      an index known to be committed; a hint, so it is written without fsync
+    catalog/commit      an index known to be committed, and durable here; written without fsync
     catalog/boot        a number that grows with each start
     catalog/recovering  there while acknowledged records are missing here
     catalog/reserve     room for a ballot on a full disk: a voter that cannot vote would hold up the others
@@ -12,6 +12,8 @@
 `Store.write` makes any number of `Durable`s true in their order with as few fsyncs as it can. Each step may
 be the last one before a crash: a ballot is written before records (a term that is too new harms nobody), a
 snapshot before the log that it makes shorter, and a truncation is durable before anything is appended.
+The commit index is noted last, when all up to it is durable: a log and a snapshot that do not reach it have
+lost what this peer has acknowledged, however much their end looks like a torn tail.
 Writing again what is there already changes nothing, so a write that failed for want of room is simply tried
 again.
 """
@@ -57,6 +59,7 @@ class Store:
         except OSError as error:
             raise unwritable(directory, error) from None
         self._snapshot = _read_snapshot(directory / "snapshot")
+        self._commit = _read_commit(directory / "commit")
         self._ballot = self._first_ballot()
         self._log = self._open_log()
         self.torn = self._log.torn
@@ -81,8 +84,8 @@ class Store:
     def _open_log(self) -> LogFile:
         path = self.directory / "log"
         if path.exists():
-            return LogFile(path)
-        if self._ballot.term or self._snapshot.index:
+            return LogFile(path, self._commit if self._commit > self._snapshot.index else 0)
+        if self._ballot.term or self._snapshot.index or self._commit:
             raise _missing(path)
         return LogFile.create(path)
 
@@ -115,7 +118,7 @@ class Store:
             base_term=self._log.base_term,
             records=self._log.records,
             recovering=(self.directory / "recovering").exists(),
-            commit=min(_read_commit(self.directory / "commit"), self._log.last_index),
+            commit=self._commit,
         )
 
     # Writing.
@@ -211,7 +214,8 @@ class Store:
         self._write_ballot(ballot)
 
     def note_commit(self, index: int) -> None:
-        """Keep that everything up to `index` is committed; forgotten by a power cut at worst."""
+        """Keep that everything up to `index`, which is durable here, is committed; forgotten by a power cut
+        at worst."""
         with suppress(OSError):
             os.pwrite(self._commit_fd, log.seal(COMMIT_MAGIC, index.to_bytes(8, "little")), 0)
 

@@ -14,8 +14,8 @@ little-endian, where `first` is the index of the first record of the write it wa
 write leaves a *torn tail*: a record that is incomplete or has a wrong checksum, and nothing valid behind it
 but records of the same write, since a disk may finish a write in any order. None of it was ever acknowledged,
 so it is cut off. Damage anywhere else is a different matter: if a valid record of a later write is found
-behind the bad place, records that were acknowledged are lost, and the log is refused, naming file and offset,
-rather than quietly shortened.
+behind the bad place, or a record is missing that was known to be durable, records that were acknowledged are
+lost, and the log is refused, naming file and offset, rather than quietly shortened.
 
 A small file that is replaced as a whole is *sealed*: magic | 16 bytes BLAKE2b of the content | content.
 """
@@ -152,8 +152,9 @@ def _damaged(file: str, place: int, what: str) -> DamagedError:
     )
 
 
-def scan(data: bytes, file: str) -> Scan:
-    """Read a whole log; raises `DamagedError` if it is damaged elsewhere than at its tail.
+def scan(data: bytes, file: str, durable: int = 0) -> Scan:
+    """Read a whole log; raises `DamagedError` if it is damaged elsewhere than at its tail, or does not reach
+    record `durable`, which was acknowledged.
 
     `file` is only for messages.
     """
@@ -176,6 +177,11 @@ def scan(data: bytes, file: str) -> Scan:
         offsets.append(offset)
         term = record.term
         offset += _RECORD.size + len(record.payload)
+    last = base_index + len(records)
+    if last < durable:
+        raise _damaged(
+            file, offset, f"record {last + 1} cannot be read, but those up to {durable} were committed"
+        )
     return Scan(base_index, base_term, records, offsets, offset)
 
 

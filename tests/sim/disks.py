@@ -126,6 +126,7 @@ class Disk:
         if len(self.records) < 3:
             return False
         del self.records[self._rng.randrange(len(self.records) - 1) :]
+        self.commit = min(self.commit, self.base_index + len(self.records))
         self.recovering = True
         return True
 
@@ -137,7 +138,9 @@ class Disk:
         return self.snapshot.configuration
 
     def load(self) -> Stored:
-        """What a starting peer finds."""
+        """What a starting peer finds. A store that does not reach its commit index counts as damaged."""
+        last = max(self.base_index + len(self.records), self.snapshot.index)
+        assert self.commit <= last, f"{self.commit} is noted as committed, but the log ends at {last}"
         return Stored(
             ballot=self.ballot,
             snapshot=replace(self.snapshot),
@@ -145,5 +148,5 @@ class Disk:
             base_term=self.base_term,
             records=list(self.records),
             recovering=self.recovering,
-            commit=min(self.commit, self.base_index + len(self.records)),
+            commit=self.commit,
         )

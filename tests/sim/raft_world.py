@@ -76,13 +76,16 @@ class Disk:
             self.recovering = False
 
     def stored(self) -> ev.Stored:
+        end = self.base_index + len(self.records)
+        if self.commit > max(end, self.snapshot.index):
+            raise Violation(f"{self.commit} was handed out as committed, but the log on disk ends at {end}")
         return ev.Stored(
             ballot=self.ballot,
             snapshot=self.snapshot,
             base_index=self.base_index,
             base_term=self.base_term,
             records=list(self.records),
-            commit=min(self.commit, self.base_index + len(self.records)),
+            commit=self.commit,
             recovering=self.recovering,
         )
 

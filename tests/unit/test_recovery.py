@@ -57,6 +57,19 @@ def test_with_others_a_damaged_catalog_is_put_aside_and_the_vote_is_remembered(t
     again.close()
 
 
+def test_a_lost_record_that_was_committed_makes_the_peer_recover(tmp_path: Path) -> None:
+    directory = tmp_path / "catalog"
+    filled(directory)
+    store = Store(directory)
+    store.note_commit(3)
+    store.close()
+    data = (directory / "log").read_bytes()
+    (directory / "log").write_bytes(data[:-1])
+    store = open_store(directory, PAIR, A.id)
+    assert store.stored.recovering
+    store.close()
+
+
 def test_a_catalog_that_is_gone_was_lost(tmp_path: Path) -> None:
     store = open_store(tmp_path / "catalog", PAIR, A.id)
     assert store.stored.recovering

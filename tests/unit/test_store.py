@@ -73,16 +73,50 @@ def test_a_batch_ends_as_its_parts_one_by_one(tmp_path: Path) -> None:
     assert reopened(tmp_path / "all") == reopened(tmp_path / "one")
 
 
-def test_the_commit_hint_is_kept_and_never_beyond_the_log(tmp_path: Path) -> None:
+def test_the_commit_index_is_kept(tmp_path: Path) -> None:
     made = Store(tmp_path / "c")
     made.write([Durable(records=records(1, 1, 3))])
     made.note_commit(2)
-    assert reopened(tmp_path / "c").commit == 2
-    made.note_commit(9)
     made.close()
-    assert reopened(tmp_path / "c").commit == 3
+    assert reopened(tmp_path / "c").commit == 2
     (tmp_path / "c" / "commit").write_bytes(b"rubbish")
     assert reopened(tmp_path / "c").commit == 0
+
+
+@pytest.mark.parametrize("what", ["flipped", "cut", "missing"])
+def test_a_committed_record_that_is_gone_is_damage_and_no_torn_tail(tmp_path: Path, what: str) -> None:
+    directory = tmp_path / "catalog"
+    made = Store(directory)
+    for index in range(1, 6):
+        made.write([Durable(ballot=Ballot(1, "a"), records=records(1, index, 1))])
+    made.note_commit(5)
+    made.close()
+    path = directory / "log"
+    whole = path.read_bytes()
+    size = len(log.encode(records(1, 5, 1)[0], 5))
+    bad = {"flipped": whole[:-1] + bytes([whole[-1] ^ 1]), "cut": whole[:-1], "missing": whole[:-size]}[what]
+    path.write_bytes(bad)
+    for _ in range(2):
+        with pytest.raises(log.DamagedError, match=f"{path} is damaged at byte {len(whole) - size}"):
+            Store(directory)
+        assert path.read_bytes() == bad
+
+
+def test_a_snapshot_may_hold_what_is_committed_instead_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "catalog"
+    filled(directory)
+    made = Store(directory)
+    made.note_commit(6)
+    made.close()
+    theirs = Durable(snapshot=Snapshot(20, 3, SETTLED, b"theirs"), keep=21)
+    for copy in crash_points(directory, monkeypatch, theirs):
+        assert reopened(copy).commit == 6
+    made = Store(directory)
+    made.note_commit(20)
+    made.close()
+    assert reopened(directory).commit == 20
 
 
 changes = st.lists(
