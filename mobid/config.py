@@ -17,8 +17,9 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -64,13 +65,42 @@ def runtime_directory(directory: Path) -> Path:
 
 @dataclass(frozen=True)
 class Times:
-    """How fast the mesh notices that its coordinator is gone, in seconds; the same at every peer.
+    """How fast the mesh notices that its coordinator is gone, in seconds.
 
     The coordinator is heard every `heartbeat`; `election` after it was last heard another one is elected.
+    Leases rely on it that no voter is more impatient than the coordinator believes, so the times are fixed
+    when a mesh is founded, told to every newcomer, and kept in its directory (`recovery.py`).
     """
 
     heartbeat: float = 0.1
     election: float = 1.0
+
+    @classmethod
+    def of(cls, value: Any) -> Times:
+        """From what was kept or told; raises `KeyError`, `TypeError` or `ValueError`."""
+        return cls(float(value["heartbeat"]), float(value["election"]))
+
+    @property
+    def options(self) -> str:
+        """As one writes them on the command line."""
+        return f"--heartbeat {1000 * self.heartbeat:g}ms --election {1000 * self.election:g}ms"
+
+
+def agreed(asked: Times | None, mesh: Times | None) -> Times:
+    """The times to use: the mesh's, or, if it has none yet, those asked for, or the usual ones.
+
+    Raises `OperationError(bad-argument)` if others are asked for than the mesh has.
+    """
+    if mesh is None:
+        return asked or Times()
+    if asked not in (None, mesh):
+        assert asked is not None
+        raise OperationError(
+            "bad-argument",
+            f"{asked.options} is not what this mesh was founded with: {mesh.options}",
+            "leave both options out: every peer uses the times of its mesh",
+        )
+    return mesh
 
 
 @dataclass(frozen=True)
@@ -79,7 +109,7 @@ class Config:
 
     `directory` is its own; `listen` the (address, port) of its TCP socket, port 0 for any free one;
     `advertise` the address others reach it at, if that is not the one it listens on. `peer_name` is None
-    when the directory knows it already.
+    when the directory knows it already, and `times` when they are the mesh's, whatever these are.
     """
 
     directory: Path
@@ -88,7 +118,7 @@ class Config:
     listen: tuple[str, int] = ("0.0.0.0", DEFAULT_PORT)
     advertise: str | None = None
     join: str | None = None
-    times: Times = field(default_factory=Times)
+    times: Times | None = None
 
     @property
     def runtime(self) -> Path:

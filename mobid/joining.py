@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a peer gets its first catalog: it founds a mesh of its own, or joins one with a token.
 
-What a newcomer is told when it joins, some of the members, is kept (`recovery.py`), so that a crash before
-the catalog has come costs nothing: the next start goes on from there.
+What a newcomer is told when it joins, some of the members and the times of the mesh, is kept (`recovery.py`),
+so that a crash before the catalog has come costs nothing: the next start goes on from there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import trio
 
 from mobid import rpc, tls
+from mobid.config import Times
 from mobid.identity import Identity
 from mobid.links import connect_tls
 from mobid.recovery import Known
@@ -34,7 +35,9 @@ def known_after(answer: dict[str, Any]) -> Known:
     """What a newcomer knows by the answer to `mesh.join`; raises `OperationError` if it makes no sense."""
     try:
         members = tuple(entries.Member(**member) for member in answer["members"])
-        return Known(str(answer["mesh"]), members, fresh=True)
+        # A coordinator of an earlier version does not tell the times.
+        times = Times.of(answer["times"]) if "times" in answer else None
+        return Known(str(answer["mesh"]), members, fresh=True, times=times)
     except (KeyError, TypeError, ValueError) as error:
         raise OperationError("failed", f"the mesh's answer cannot be understood: {error}") from None
 

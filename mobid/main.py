@@ -89,16 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--heartbeat",
-        default="100ms",
         metavar="TIME",
-        help="how often the coordinator is heard; the same at every peer (%(default)s)",
+        help="of the mesh that is founded: how often the coordinator is heard (100ms)",
     )
     run.add_argument(
         "--election",
-        default="1s",
         metavar="TIME",
-        help="how long it may be silent before another one is elected, at least 5 heartbeats; the same at "
-        "every peer (%(default)s)",
+        help="of the mesh that is founded: how long the coordinator may be silent before another one is "
+        "elected, at least 5 heartbeats (1s)",
     )
     examine = commands.add_parser("doctor", help="what this machine can do, what is missing, how to mend it")
     examine.add_argument("--json", action="store_true", help="one JSON document")
@@ -136,13 +134,20 @@ def _config(arguments: argparse.Namespace) -> Config:
     )
 
 
-def _times(heartbeat: str, election: str) -> Times:
-    times = Times(_seconds(heartbeat, "--heartbeat"), _seconds(election, "--election"))
+def _times(heartbeat: str | None, election: str | None) -> Times | None:
+    """What the command line asks for; None if it says nothing, which leaves it to the mesh."""
+    if heartbeat is None and election is None:
+        return None
+    usual = Times()
+    times = Times(
+        usual.heartbeat if heartbeat is None else _seconds(heartbeat, "--heartbeat"),
+        usual.election if election is None else _seconds(election, "--election"),
+    )
     if times.election < 5 * times.heartbeat:
         raise OperationError(
             "bad-argument",
-            f"--election {election} is shorter than 5 heartbeats of {heartbeat}: a few late ones would "
-            "look like a dead coordinator",
+            f"{times.options}: an election time shorter than 5 heartbeats lets a few late ones look like a "
+            "dead coordinator",
             "give --heartbeat 100ms --election 1s, for example",
         )
     return times

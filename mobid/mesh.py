@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import trio
 
 from mobid.catalog import Catalog
+from mobid.config import Times
 from mobid.identity import Identity
 from mobid.links import Links
 from mobid.operations import Request, made_id, operation, step
@@ -40,14 +42,16 @@ class Mesh:
         catalog: Catalog,
         links: Links,
         *,
+        times: Times,
         facts: Callable[[], dict[str, Any]],
         emit: Callable[..., None],
     ) -> None:
-        """`facts()` is what a ping answers beside the time: `{memory_free, …}` of this host now. `emit` is
-        that of the events."""
+        """`times` are the mesh's. `facts()` is what a ping answers beside the time: `{memory_free, …}` of
+        this host now. `emit` is that of the events."""
         self._identity = identity
         self._catalog = catalog
         self._links = links
+        self._times = times
         self._facts = facts
         self._emit = emit
 
@@ -200,7 +204,8 @@ class Mesh:
 
     @operation("mesh.join", role="anonymous", args=api.MeshJoin, route="coordinator")
     async def join(self, _request: Request, args: api.MeshJoin) -> dict[str, Any]:
-        """Let a newcomer with a token in; tells it some of the members, from whom it gets the catalog."""
+        """Let a newcomer with a token in; tells it some of the members, from whom it gets the catalog, and
+        the times of the mesh."""
         state = self._catalog.state
         token = self._checked_token(args.token, args.secret)
         known = state.members.get(_id_of(args.certificate))
@@ -227,6 +232,7 @@ class Mesh:
         newcomer = state.members[_id_of(args.certificate)]
         return {
             "mesh": state.mesh,
+            "times": asdict(self._times),
             "members": [member.model_dump(mode="python") for member in (newcomer, *self._doors())],
         }
 

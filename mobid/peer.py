@@ -29,7 +29,7 @@ import trio
 from mobid import host, joining
 from mobid.breakpoints import Breakpoints
 from mobid.catalog import Catalog
-from mobid.config import Config
+from mobid.config import Config, Times, agreed
 from mobid.drains import Drains
 from mobid.event_service import EventService
 from mobid.events import Events
@@ -89,8 +89,11 @@ class Outcome(Enum):
 class Peer:
     """All parts of one running peer. Made by `load`; then `open`, `run`, `close`."""
 
-    def __init__(self, config: Config, identity: Identity, store: Store, known: Known | None) -> None:
+    def __init__(
+        self, config: Config, identity: Identity, store: Store, known: Known | None, times: Times
+    ) -> None:
         self.config = config
+        self.times = times
         self.identity = identity
         self.started = time.time()
         self.outcome = Outcome.STOPPED
@@ -99,7 +102,7 @@ class Peer:
             store,
             identity.id,
             self._post,
-            _settings(config),
+            _settings(times),
             bootstrap=known.state if known else None,
             stamps=self.stamps,
         )
@@ -115,7 +118,9 @@ class Peer:
         )
         name = config.name or socket.gethostname()
         self.events = Events(config.path("events.ndjson"), identity.id, name, self.stamps)
-        self.mesh = Mesh(identity, self.catalog, self.links, facts=self._facts_now, emit=self.events.emit)
+        self.mesh = Mesh(
+            identity, self.catalog, self.links, times=times, facts=self._facts_now, emit=self.events.emit
+        )
         self._known = known
         self._composed = trio.Event()
         self._joined_another = False
@@ -134,7 +139,7 @@ class Peer:
 
     async def _catch_up(self) -> None:
         try:
-            await self.catalog.read(timeout=2 * self.config.times.election)
+            await self.catalog.read(timeout=2 * self.times.election)
         except OperationError as error:
             log.info("catalog.not.caught.up", reason=error.message)
 
@@ -213,6 +218,7 @@ class Peer:
             facts=_facts(),
             gossip=self.gossip_address,
         )
+        write_known(config.path(KNOWN), Known("", (), times=self.times))
         self.catalog.found(joining.new_mesh_id(), member)
         self.catalog.begin()
         self.events.emit("mesh.founded", mesh=self.catalog.state.mesh)
@@ -220,7 +226,9 @@ class Peer:
     async def _join(self, token: str) -> None:
         """Be let in, and keep what is needed to fetch the catalog; the peer must then be made anew."""
         answer = await joining.join(self.identity, token, self.events.peer, self.config.site, self.address)
-        write_known(self.config.path(KNOWN), joining.known_after(answer))
+        known = joining.known_after(answer)
+        times = agreed(self.config.times, known.times)
+        write_known(self.config.path(KNOWN), replace(known, times=times))
         self._joined_another = True
         self.events.emit("mesh.joined", mesh=answer["mesh"])
         self.outcome = Outcome.REPLACED
@@ -334,7 +342,7 @@ class Peer:
 
     async def _settle(self) -> None:
         """Wait a moment until peer and mesh know of one another, so that the first answers are not old."""
-        with trio.move_on_after(3 * self.config.times.election):
+        with trio.move_on_after(3 * self.times.election):
             await self.guests.settled()
 
     async def _reconnect(self, guest: str) -> None:
@@ -344,7 +352,7 @@ class Peer:
         """Once the log has caught up, since it says which guests are here; without a coordinator by what is
         known, and again later."""
         await self.guests.adopted.wait()
-        with trio.move_on_after(3 * self.config.times.election):
+        with trio.move_on_after(3 * self.times.election):
             await self.catalog.wait(lambda _state: self.catalog.fresh)
         await self._make_up_known()
         await self.catalog.wait(lambda _state: self.catalog.fresh)
@@ -393,7 +401,7 @@ class Peer:
             state = self.catalog.state
             members = present(state.members.values())
             if state.index and (known is None or known.members != members) and not self._joined_another:
-                known = Known(state.mesh, members)
+                known = Known(state.mesh, members, times=self.times)
                 try:
                     await trio.to_thread.run_sync(write_known, self.config.path(KNOWN), known)
                 except OperationError as error:
@@ -526,16 +534,18 @@ class Peer:
 def load(config: Config, identity: Identity) -> Peer:
     """The peer of a prepared directory, its catalog read; raises `OperationError`."""
     known = read_known(config.path(KNOWN))
+    times = agreed(config.times, known.times if known else None)
     store = open_store(config.path(CATALOG), known, identity.id)
-    if known is not None and known.fresh:
-        write_known(config.path(KNOWN), replace(known, fresh=False))
+    if known is None and not store.empty:
+        known = Known("", ())
+    if known is not None and (known.fresh or known.times is None):
+        write_known(config.path(KNOWN), replace(known, fresh=False, times=times))
     if store.torn:
         log.warning("catalog.torn", bytes=store.torn)
-    return Peer(config, identity, store, known)
+    return Peer(config, identity, store, known, times)
 
 
-def _settings(config: Config) -> Settings:
-    times = config.times
+def _settings(times: Times) -> Settings:
     return Settings(raft=raft.Settings(heartbeat=times.heartbeat, election=times.election))
 
 

@@ -4,6 +4,8 @@
 `mesh.json` has the members, as of the last time this peer heard of a change. It is written when a peer joins,
 so that a crash before the catalog has come costs nothing; and it is kept up to date, because a replica that
 is started does not know yet what of its log is committed, and one whose catalog is damaged knows nothing.
+It also has the times of the mesh, which never change: a founder keeps them before the mesh is there, so
+nobody can be let in, or told others, before they are.
 
 A replica that lost what it had acknowledged must not vote as if nothing had happened: it could help to elect
 a coordinator that lacks an acknowledged entry. It moves what is left aside, begins with an empty store marked
@@ -17,12 +19,12 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import structlog
 
-from mobid.config import sync_directory, unwritable, write_durably
+from mobid.config import Times, sync_directory, unwritable, write_durably
 from mobid.store import Store, surviving_ballot
 from proto import entries
 from proto.api import OperationError
@@ -34,11 +36,13 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Known:
-    """What `mesh.json` says. `fresh`: this peer has joined, and had no catalog of the mesh yet."""
+    """What `mesh.json` says. `fresh`: this peer has joined, and had no catalog of the mesh yet. `times` is
+    None in a directory of an earlier version."""
 
     mesh: str
     members: tuple[entries.Member, ...]
     fresh: bool = False
+    times: Times | None = None
 
     @property
     def state(self) -> State:
@@ -56,7 +60,8 @@ def read_known(path: Path) -> Known | None:
             entries.Member(**{**member, "certificate": bytes.fromhex(member["certificate"])})
             for member in value["members"]
         )
-        return Known(value["mesh"], members, value.get("fresh", False))
+        times = Times.of(value["times"]) if value.get("times") else None
+        return Known(value["mesh"], members, value.get("fresh", False), times)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise OperationError(
             "failed",
@@ -71,7 +76,8 @@ def write_known(path: Path, known: Known) -> None:
         {**member.model_dump(mode="python"), "certificate": member.certificate.hex()}
         for member in known.members
     ]
-    value = {"mesh": known.mesh, "fresh": known.fresh, "members": members}
+    times = asdict(known.times) if known.times else None
+    value = {"mesh": known.mesh, "fresh": known.fresh, "times": times, "members": members}
     write_durably(path, json.dumps(value, indent=1).encode())
 
 

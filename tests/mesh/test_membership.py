@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,42 @@ async def test_a_running_peer_that_is_alone_joins_another_mesh(mesh: Mesh) -> No
         await virginia.ask("peer.join", token=await tokyo.token())
     with pytest.raises(OperationError, match="has a mesh of its own"):
         await tokyo.ask("peer.join", token=await (await mesh.start("amsterdam"))[0].token())
+
+
+def kept_times(peer: PeerProcess) -> Any:
+    return json.loads((peer.directory / "mesh.json").read_text())["times"]
+
+
+async def test_the_times_of_a_mesh_are_fixed_when_it_is_founded(mesh: Mesh) -> None:
+    tokyo, virginia = mesh.peer("tokyo"), mesh.peer("virginia")
+    quick = ["--heartbeat", "80ms", "--election", "800ms"]
+    await tokyo.start(*quick)
+    token = await tokyo.token()
+    said = virginia.fails("--election", "2s", token=token)
+    assert "--heartbeat 100ms --election 2000ms is not what this mesh was founded with" in said
+    assert "leave both options out" in said
+    await virginia.start(token=token)
+    await tokyo.knows(2)
+    assert kept_times(tokyo) == kept_times(virginia) == {"heartbeat": 0.08, "election": 0.8}
+    for peer in (tokyo, virginia):
+        assert await peer.end() == 0
+        assert "--heartbeat 80ms --election 800ms" in peer.fails("--heartbeat", "100ms")
+    await tokyo.start()
+    await virginia.start(*quick)
+    await tokyo.knows(2)
+    assert kept_times(tokyo) == kept_times(virginia) == {"heartbeat": 0.08, "election": 0.8}
+
+
+async def test_a_directory_that_does_not_know_the_times_gets_them_once(mesh: Mesh) -> None:
+    (tokyo,) = await mesh.start("tokyo")
+    assert await tokyo.end() == 0
+    kept = json.loads((tokyo.directory / "mesh.json").read_text())
+    del kept["times"]
+    (tokyo.directory / "mesh.json").write_text(json.dumps(kept))
+    await tokyo.start()
+    assert await tokyo.end() == 0
+    assert kept_times(tokyo) == {"heartbeat": 0.1, "election": 1.0}
+    assert "is not what this mesh was founded with" in tokyo.fails("--election", "2s")
 
 
 async def test_a_dead_peer_is_seen_as_such_and_seen_again(mesh: Mesh) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mobid.config import Times, agreed
 from mobid.recovery import Known, open_store, read_known, write_known
 from mobid.store import Store
 from proto.api import OperationError
@@ -16,7 +17,7 @@ from tests.unit.identities import known
 
 A, B = known("a"), known("b")
 ALONE = Known("m", (A.member("tokyo"),))
-PAIR = Known("m", (A.member("tokyo"), B.member("virginia")))
+PAIR = Known("m", (A.member("tokyo"), B.member("virginia")), times=Times(0.05, 0.5))
 
 
 def filled(directory: Path) -> None:
@@ -38,6 +39,8 @@ def test_what_is_known_of_the_mesh_is_kept(tmp_path: Path) -> None:
     assert read_known(path) is None
     write_known(path, PAIR)
     assert read_known(path) == PAIR
+    path.write_text('{"mesh": "m", "members": []}')
+    assert read_known(path) == Known("m", ())
     path.write_text("{")
     with pytest.raises(OperationError, match=r"mesh\.json is damaged"):
         read_known(path)
@@ -98,3 +101,18 @@ def test_a_newcomer_begins_empty_and_keeps_what_it_had_aside(tmp_path: Path) -> 
     assert (tmp_path / "catalog.before-join" / "log").exists()
     open_store(directory, newcomer, A.id).close()
     assert (tmp_path / "catalog.before-join" / "log").exists()
+
+
+def test_the_times_are_the_mesh_s_and_nobody_can_have_others() -> None:
+    quick = Times(0.02, 0.2)
+    assert agreed(None, None) == Times()
+    assert agreed(quick, None) == quick
+    assert agreed(None, quick) == agreed(quick, quick) == quick
+    with pytest.raises(OperationError) as caught:
+        agreed(Times(0.02, 2.0), quick)
+    assert caught.value.code == "bad-argument"
+    assert caught.value.message == (
+        "--heartbeat 20ms --election 2000ms is not what this mesh was founded with: "
+        "--heartbeat 20ms --election 200ms"
+    )
+    assert "leave both options out" in caught.value.hint
