@@ -48,6 +48,7 @@ from proto.peer_events import (
     Sighted,
     Wall,
 )
+from proto.raft.configuration import Configuration
 from proto.raft.events import TIMER, Became, Durable, Read, ReadFailed, Role, TransferTo
 from proto.state import SESSION_WINDOW, State
 from proto.swim.packets import Reach
@@ -322,16 +323,25 @@ class Catalog:
         return self._fresh
 
     @property
+    def configuration(self) -> Configuration:
+        """The newest configuration known here."""
+        return self._machine.configuration if self._machine else Configuration()
+
+    @property
     def voters(self) -> frozenset[str]:
         """The ids of those who vote, by the newest configuration known here."""
-        if self._machine is None:
-            return frozenset()
-        return self._machine.configuration.deciding
+        return self.configuration.deciding
 
     @property
     def changing(self) -> bool:
         """Whether one set of voters is being replaced by another: both must agree until it is."""
-        return self._machine is not None and self._machine.configuration.joint
+        return self.configuration.joint
+
+    @property
+    def recovering(self) -> bool:
+        """Whether this peer has lost records that it acknowledged: its vote does not count until the others
+        have taken it away and it has all that was decided."""
+        return self._machine is not None and self._machine.raft.recovering
 
     def missing(self) -> dict[str, float]:
         """The voters that do not answer, and for how many seconds they have been silent. One that has left
@@ -349,9 +359,7 @@ class Catalog:
 
     def dispensable(self, peer: str) -> bool:
         """Whether the mesh could decide without this peer, if it were gone now."""
-        if self._machine is None:
-            return False
-        settled = self._machine.configuration
+        settled = self.configuration
         return settled.quorum(settled.deciding - self.missing().keys() - {peer})
 
     async def hand_over(self, timeout: float) -> None:
@@ -381,18 +389,21 @@ class Catalog:
                 "no coordinator: this peer has no catalog yet and none of the members it knows has answered",
                 "start the peers of the mesh, or mend the network between them",
             )
-        there = len(voters) - len(missing)
-        if 2 * there > len(voters):
+        lost = voters & {self._own} if self.recovering else frozenset[str]()
+        there = voters - missing.keys() - lost
+        if self.configuration.quorum(there):
             return OperationError("no-leader", "no coordinator right now: one is being elected", "try again")
-        names = ", ".join(
-            f"{self._state.peer_name(peer)} (silent for {silence:.0f} s)"
-            for peer, silence in sorted(missing.items(), key=lambda item: self._state.peer_name(item[0]))
-        )
-        return OperationError(
-            "no-leader",
-            f"no coordinator: {there} of {len(voters)} voters answer; missing: {names}",
-            "start the missing peers again, or mend the network to them; what is there goes on as it is",
-        )
+        why = {peer: f"silent for {silence:.0f} s" for peer, silence in missing.items()}
+        why |= dict.fromkeys(lost, "this peer, which has lost its log and must not vote as it is")
+        names = ", ".join(sorted(f"{self._state.peer_name(peer)} ({reason})" for peer, reason in why.items()))
+        hint = "start the missing peers again, or mend the network to them; what is there goes on as it is"
+        if lost and not self.configuration.quorum(voters - lost):
+            hint = (
+                "the others cannot decide without this peer: restore its catalog from a copy, or found a new "
+                "mesh in an empty --dir"
+            )
+        message = f"no coordinator: {len(there)} of {len(voters)} voters answer; missing: {names}"
+        return OperationError("no-leader", message, hint)
 
     async def wait_leader(self, timeout: float) -> str:
         """The coordinator's id; waits for one to be elected, then raises `OperationError(no-leader)`."""

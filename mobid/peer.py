@@ -62,6 +62,7 @@ from proto import api, entries, tokens, versions
 from proto.api import OperationError
 from proto.peer_events import Settings
 from proto.raft import events as raft
+from proto.raft.configuration import Configuration
 from proto.state import State
 from proto.swim.packets import Reach
 
@@ -395,13 +396,18 @@ class Peer:
         self._end_soon()
 
     async def _keep_known(self) -> None:
-        """Keep who the members are, for a start at which the catalog does not say it."""
+        """Keep who the members and voters are, for a start at which the catalog does not say it."""
         known = self._known
         while True:
-            state = self.catalog.state
-            members = present(state.members.values())
-            if state.index and (known is None or known.members != members) and not self._joined_another:
-                known = Known(state.mesh, members, times=self.times)
+            state, configuration = self.catalog.state, self.catalog.configuration
+            now = Known(
+                state.mesh,
+                present(state.members.values()),
+                times=self.times,
+                configuration=replace(configuration, learners=frozenset()),
+            )
+            if state.index and known != now and not self._joined_another:
+                known = now
                 try:
                     await trio.to_thread.run_sync(write_known, self.config.path(KNOWN), known)
                 except OperationError as error:
@@ -409,7 +415,7 @@ class Peer:
                     known = None
                     await trio.sleep(KNOWN_PAUSE)
                     continue
-            await self.catalog.changed.wait_until(partial(_members_differ, self.catalog, state))
+            await self.catalog.changed.wait_until(partial(_differs, self.catalog, state, configuration))
 
     async def _report_leaders(self) -> None:
         """Tell people when another peer coordinates; each one speaks for itself."""
@@ -549,8 +555,8 @@ def _settings(times: Times) -> Settings:
     return Settings(raft=raft.Settings(heartbeat=times.heartbeat, election=times.election))
 
 
-def _members_differ(catalog: Catalog, before: State) -> bool:
-    return catalog.state.members is not before.members
+def _differs(catalog: Catalog, before: State, configuration: Configuration) -> bool:
+    return catalog.state.members is not before.members or catalog.configuration != configuration
 
 
 def version() -> str:

@@ -9,8 +9,10 @@ nobody can be let in, or told others, before they are.
 
 A replica that lost what it had acknowledged must not vote as if nothing had happened: it could help to elect
 a coordinator that lacks an acknowledged entry. It moves what is left aside, begins with an empty store marked
-as recovering, and gets everything from the others. A peer without others refuses to start: whatever can be
-saved must be saved by hand.
+as recovering, and gets everything from the others. But these must be able to decide meanwhile, first of all
+that this peer's vote does not count any more (`proto/raft/recovery.py`). So `mesh.json` has the voters too,
+and a peer without whom the others are no quorum, as the only voter of a small mesh, refuses to start: what
+can be saved must be saved by hand.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import structlog
@@ -29,6 +31,7 @@ from mobid.store import Store, surviving_ballot
 from proto import entries
 from proto.api import OperationError
 from proto.log import DamagedError
+from proto.raft.configuration import Configuration
 from proto.state import State
 
 log = structlog.get_logger()
@@ -37,12 +40,21 @@ log = structlog.get_logger()
 @dataclass(frozen=True)
 class Known:
     """What `mesh.json` says. `fresh`: this peer has joined, and had no catalog of the mesh yet. `times` is
-    None in a directory of an earlier version."""
+    None, and `configuration` empty, in a directory of an earlier version and until they are known."""
 
     mesh: str
     members: tuple[entries.Member, ...]
     fresh: bool = False
     times: Times | None = None
+    configuration: Configuration = field(default_factory=Configuration)
+    """Who votes; learners are left out."""
+
+    def can_spare(self, peer: str) -> bool:
+        """Whether the others can decide without this peer, as far as is known."""
+        voters = self.configuration
+        if not voters.voters:
+            return any(member.id != peer for member in self.members)
+        return voters.quorum(voters.deciding - {peer})
 
     @property
     def state(self) -> State:
@@ -61,7 +73,8 @@ def read_known(path: Path) -> Known | None:
             for member in value["members"]
         )
         times = Times.of(value["times"]) if value.get("times") else None
-        return Known(value["mesh"], members, value.get("fresh", False), times)
+        voters = Configuration(frozenset(value.get("voters", ())), frozenset(value.get("outgoing", ())))
+        return Known(value["mesh"], members, value.get("fresh", False), times, voters)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise OperationError(
             "failed",
@@ -77,7 +90,14 @@ def write_known(path: Path, known: Known) -> None:
         for member in known.members
     ]
     times = asdict(known.times) if known.times else None
-    value = {"mesh": known.mesh, "fresh": known.fresh, "times": times, "members": members}
+    value = {
+        "mesh": known.mesh,
+        "fresh": known.fresh,
+        "times": times,
+        "voters": sorted(known.configuration.voters),
+        "outgoing": sorted(known.configuration.outgoing),
+        "members": members,
+    }
     write_durably(path, json.dumps(value, indent=1).encode())
 
 
@@ -89,7 +109,7 @@ def present(members: Iterable[entries.Member]) -> tuple[entries.Member, ...]:
 def open_store(directory: Path, known: Known | None, own: str) -> Store:
     """The store of this peer; an empty recovering one if its own is damaged and others have the catalog.
 
-    Raises `OperationError`, naming file and byte, if there is nobody else.
+    Raises `OperationError`, naming file and byte, if there is nobody else, or the others cannot decide alone.
     """
     damage = DamagedError("failed", f"{directory} is damaged at byte 0: the directory is missing")
     if known is not None and known.fresh:
@@ -99,13 +119,11 @@ def open_store(directory: Path, known: Known | None, own: str) -> Store:
             return Store(directory)
         except DamagedError as error:
             damage = error
-    if known is None or not any(member.id != own for member in known.members):
-        raise OperationError(
-            "failed",
-            damage.message,
-            f"no other peer has this catalog: restore {directory} from a copy, or found a new mesh in an "
-            "empty --dir",
-        )
+    if known is None or not known.can_spare(own):
+        others = known is not None and any(member.id != own for member in known.members)
+        why = "the other peers cannot decide without this one" if others else "no other peer has this catalog"
+        hint = f"{why}: restore {directory} from a copy, or found a new mesh in an empty --dir"
+        raise OperationError("failed", damage.message, hint)
     aside = directory.with_name(f"{directory.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
     log.error("catalog.damaged", reason=damage.message, aside=str(aside))
     return _replace(directory, aside)

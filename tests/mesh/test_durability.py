@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,31 @@ async def test_a_torn_tail_is_cut_and_damage_is_refused_with_its_place(mesh: Mes
     assert f"{path} is damaged at byte" in said
     assert "no other peer has this catalog" in said
     assert path.read_bytes() == damaged
+
+
+async def test_of_two_peers_the_one_that_votes_cannot_lose_its_log_quietly(mesh: Mesh) -> None:
+    tokyo, virginia = await mesh.start("tokyo", "virginia")
+    await make_tokens(tokyo, 3)
+    kept = tokyo.directory / "catalog.kept"
+    for peer, others in ((virginia, tokyo), (tokyo, virginia)):
+        assert await peer.end() == 0
+        shutil.copytree(peer.directory / "catalog", kept)
+        path = peer.directory / "catalog" / "log"
+        path.write_bytes(path.read_bytes()[:-1])
+        if peer is virginia:
+            await peer.start()
+            await peer.knows(2)
+            assert await tokens_of(peer) == await tokens_of(others)
+            shutil.rmtree(kept)
+    said = tokyo.fails()
+    assert f"{path} is damaged at byte" in said
+    assert "the other peers cannot decide without this one" in said
+    shutil.rmtree(path.parent)
+    assert f"{path.parent} is damaged at byte 0" in tokyo.fails()
+    kept.rename(path.parent)
+    await tokyo.start()
+    await tokyo.knows(2)
+    assert await tokens_of(virginia) == await tokens_of(tokyo)
 
 
 async def test_a_full_disk_is_named_and_the_peer_goes_on_once_there_is_room(mesh: Mesh) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from mobid.recovery import Known, open_store, read_known, write_known
 from mobid.store import Store
 from proto.api import OperationError
 from proto.log import Record
+from proto.raft.configuration import Configuration
 from proto.raft.events import Ballot, Durable
 from tests.unit.identities import known
 
@@ -37,8 +39,10 @@ def damaged(directory: Path) -> None:
 def test_what_is_known_of_the_mesh_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "mesh.json"
     assert read_known(path) is None
-    write_known(path, PAIR)
-    assert read_known(path) == PAIR
+    joint = Configuration(frozenset({A.id, B.id}), frozenset({A.id}))
+    for what in (PAIR, replace(PAIR, configuration=joint)):
+        write_known(path, what)
+        assert read_known(path) == what
     path.write_text('{"mesh": "m", "members": []}')
     assert read_known(path) == Known("m", ())
     path.write_text("{")
@@ -88,6 +92,41 @@ def test_a_peer_without_others_refuses_and_touches_nothing(tmp_path: Path, nobod
         open_store(directory, nobody, A.id)
     assert "no other peer has this catalog" in caught.value.hint
     assert (directory / "log").read_bytes() == before
+
+
+BOTH = frozenset({A.id, B.id})
+
+
+@pytest.mark.parametrize(
+    "voters",
+    [
+        Configuration(frozenset({A.id})),
+        Configuration(BOTH),
+        Configuration(BOTH | {"c"}, frozenset({A.id})),
+        Configuration(frozenset({B.id}), frozenset({A.id})),
+    ],
+    ids=["only", "one of two", "it was the only one", "it is leaving"],
+)
+def test_a_peer_without_whom_nobody_can_decide_refuses_too(tmp_path: Path, voters: Configuration) -> None:
+    directory = tmp_path / "catalog"
+    damaged(directory)
+    before = (directory / "log").read_bytes()
+    with pytest.raises(OperationError, match=r"catalog/log is damaged at byte \d+") as caught:
+        open_store(directory, replace(PAIR, configuration=voters), A.id)
+    assert "the other peers cannot decide without this one" in caught.value.hint
+    assert (directory / "log").read_bytes() == before
+    spare = replace(PAIR, configuration=Configuration(BOTH | {"c"}))
+    store = open_store(directory, spare, A.id)
+    assert store.stored.recovering
+    store.close()
+
+
+def test_who_does_not_vote_recovers_though_another_is_the_only_voter(tmp_path: Path) -> None:
+    directory = tmp_path / "catalog"
+    damaged(directory)
+    store = open_store(directory, replace(PAIR, configuration=Configuration(frozenset({A.id}))), B.id)
+    assert store.stored.recovering
+    store.close()
 
 
 def test_a_newcomer_begins_empty_and_keeps_what_it_had_aside(tmp_path: Path) -> None:
