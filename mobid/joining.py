@@ -35,9 +35,10 @@ def known_after(answer: dict[str, Any]) -> Known:
     """What a newcomer knows by the answer to `mesh.join`; raises `OperationError` if it makes no sense."""
     try:
         members = tuple(entries.Member(**member) for member in answer["members"])
-        # A coordinator of an earlier version does not tell the times.
+        # A coordinator of an earlier version tells neither the times nor whether the key is new.
         times = Times.of(answer["times"]) if "times" in answer else None
-        return Known(str(answer["mesh"]), members, fresh=True, times=times)
+        returning = bool(answer.get("returning", True))
+        return Known(str(answer["mesh"]), members, fresh=True, times=times, returning=returning)
     except (KeyError, TypeError, ValueError) as error:
         raise OperationError("failed", f"the mesh's answer cannot be understood: {error}") from None
 

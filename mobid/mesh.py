@@ -204,9 +204,9 @@ class Mesh:
 
     @operation("mesh.join", role="anonymous", args=api.MeshJoin, route="coordinator")
     async def join(self, _request: Request, args: api.MeshJoin) -> dict[str, Any]:
-        """Let a newcomer with a token in; tells it some of the members, from whom it gets the catalog, and
-        the times of the mesh."""
-        state = self._catalog.state
+        """Let a newcomer with a token in; tells it some of the members, from whom it gets the catalog, the
+        times of the mesh, and whether its key may have been a member's before."""
+        state = await self._catalog.read()
         token = self._checked_token(args.token, args.secret)
         known = state.members.get(_id_of(args.certificate))
         again = known and (known.certificate, known.token, known.status) == (
@@ -233,6 +233,7 @@ class Mesh:
         return {
             "mesh": state.mesh,
             "times": asdict(self._times),
+            "returning": known is not None,
             "members": [member.model_dump(mode="python") for member in (newcomer, *self._doors())],
         }
 

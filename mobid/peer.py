@@ -545,7 +545,7 @@ def load(config: Config, identity: Identity) -> Peer:
     if known is None and not store.empty:
         known = Known("", ())
     if known is not None and (known.fresh or known.times is None):
-        write_known(config.path(KNOWN), replace(known, fresh=False, times=times))
+        write_known(config.path(KNOWN), replace(known, fresh=False, returning=False, times=times))
     if store.torn:
         log.warning("catalog.torn", bytes=store.torn)
     return Peer(config, identity, store, known, times)

@@ -13,6 +13,9 @@ as recovering, and gets everything from the others. But these must be able to de
 that this peer's vote does not count any more (`proto/raft/recovery.py`). So `mesh.json` has the voters too,
 and a peer without whom the others are no quorum, as the only voter of a small mesh, refuses to start: what
 can be saved must be saved by hand.
+
+A key that joins again begins as recovering too: it may be a voter still by the log of some, and what it
+acknowledged before it left is gone with its old directory.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from proto import entries
 from proto.api import OperationError
 from proto.log import DamagedError
 from proto.raft.configuration import Configuration
+from proto.raft.events import Ballot
 from proto.state import State
 
 log = structlog.get_logger()
@@ -39,13 +43,18 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Known:
-    """What `mesh.json` says. `fresh`: this peer has joined, and had no catalog of the mesh yet. `times` is
-    None, and `configuration` empty, in a directory of an earlier version and until they are known."""
+    """What `mesh.json` says.
+
+    `fresh`: this peer has joined, and had no catalog of the mesh yet; `returning`: it may have been a member
+    before. `times` is None, and `configuration` empty, in a directory of an earlier version and until they
+    are known.
+    """
 
     mesh: str
     members: tuple[entries.Member, ...]
     fresh: bool = False
     times: Times | None = None
+    returning: bool = False
     configuration: Configuration = field(default_factory=Configuration)
     """Who votes; learners are left out."""
 
@@ -74,7 +83,8 @@ def read_known(path: Path) -> Known | None:
         )
         times = Times.of(value["times"]) if value.get("times") else None
         voters = Configuration(frozenset(value.get("voters", ())), frozenset(value.get("outgoing", ())))
-        return Known(value["mesh"], members, value.get("fresh", False), times, voters)
+        fresh, returning = value.get("fresh", False), value.get("returning", False)
+        return Known(value["mesh"], members, fresh, times, returning, voters)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise OperationError(
             "failed",
@@ -93,6 +103,7 @@ def write_known(path: Path, known: Known) -> None:
     value = {
         "mesh": known.mesh,
         "fresh": known.fresh,
+        "returning": known.returning,
         "times": times,
         "voters": sorted(known.configuration.voters),
         "outgoing": sorted(known.configuration.outgoing),
@@ -113,7 +124,11 @@ def open_store(directory: Path, known: Known | None, own: str) -> Store:
     """
     damage = DamagedError("failed", f"{directory} is damaged at byte 0: the directory is missing")
     if known is not None and known.fresh:
-        return _fresh_store(directory)
+        store = _fresh_store(directory)
+        if known.returning:
+            log.info("catalog.returning")
+            store.mark_recovering(Ballot())
+        return store
     if known is None or directory.exists():
         try:
             return Store(directory)

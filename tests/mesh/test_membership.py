@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,21 @@ async def test_a_peer_leaves(mesh: Mesh) -> None:
     with pytest.raises(OperationError, match="is the only peer of its mesh"):
         await tokyo.ask("peer.leave")
     assert [row["state"] for row in await tokyo.ask("peer.ls")] == ["alive", "left"]
+
+
+async def test_a_key_that_joins_again_is_believed_once_it_has_caught_up(mesh: Mesh) -> None:
+    tokyo, virginia = await mesh.start("tokyo", "virginia")
+    assert "catalog.returning" not in virginia.log()
+    await virginia.ask("peer.leave")
+    assert await virginia.ended() == 0
+    shutil.rmtree(virginia.directory / "catalog")
+    for name in ("mesh.json", "left"):
+        (virginia.directory / name).unlink()
+    await virginia.start(token=await tokyo.token())
+    await virginia.knows(2)
+    assert "catalog.returning" in virginia.log()
+    recovering = virginia.directory / "catalog" / "recovering"
+    await virginia.until("status", lambda _status: not recovering.exists())
 
 
 async def test_a_running_peer_that_is_alone_joins_another_mesh(mesh: Mesh) -> None:

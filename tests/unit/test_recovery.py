@@ -155,3 +155,16 @@ def test_the_times_are_the_mesh_s_and_nobody_can_have_others() -> None:
         "--heartbeat 20ms --election 200ms"
     )
     assert "leave both options out" in caught.value.hint
+
+
+def test_a_key_that_joins_again_must_be_believed_first(tmp_path: Path) -> None:
+    directory = tmp_path / "catalog"
+    filled(directory)
+    returning = Known("m", (B.member("virginia"),), fresh=True, returning=True)
+    write_known(tmp_path / "mesh.json", returning)
+    for known_by_then in (returning, read_known(tmp_path / "mesh.json"), PAIR):
+        store = open_store(directory, known_by_then, A.id)
+        assert store.empty
+        assert store.stored.recovering
+        assert store.stored.ballot == Ballot()
+        store.close()
