@@ -6,6 +6,11 @@ This is its face to the other parts: they read the newest state, wait for it to 
 A proposal is made true by the coordinator, whoever that is; this peer learns what became of it from its own
 copy of the log, so no answer can get lost and nothing is done twice. A question that must not be answered
 from an old copy is a `read`.
+
+Proposals are numbered within one start of the peer, and starts by a number that grows, the *boot*: those of
+an earlier start mean nothing once a later one is known. A peer that has lost its catalog and whose clock was
+put back may begin with too low a number. It notices when the log brings a proposal of its own that it never
+made, takes a higher one, and proposes again what is under way, which cannot become true any more as it is.
 """
 
 from __future__ import annotations
@@ -80,10 +85,17 @@ class _Pending:
     index: int = 0
     state: State | None = None
     error: OperationError | None = None
+    outdated: bool = False
+    """It was proposed with a boot that means nothing any more, and has not become true."""
 
     def answer(self, error: OperationError | None) -> None:
         if not self.done.is_set():
             self.error = error
+            self.done.set()
+
+    def outdate(self) -> None:
+        if not self.done.is_set():
+            self.outdated = True
             self.done.set()
 
 
@@ -171,8 +183,17 @@ class Catalog:
         self._first = self._state.index + 1
         self.feed(Wall(time.time()))
         self.feed(Woken(TIMER))
+        self._take_boot()
+
+    def _take_boot(self) -> None:
+        """Number this start, later than every one that is known of."""
         session = self._state.sessions.get(self._own)
         self._boot = self._store.next_boot(max(time.time_ns(), session.boot + 1 if session else 0))
+
+    def _outdated(self) -> bool:
+        """Whether the log has proposals of this peer that were not made in this start, nor before it."""
+        session = self._state.sessions.get(self._own)
+        return session is not None and (session.boot, session.newest) > (self._boot, self._sequence)
 
     def feed(self, event: Event) -> None:
         """Give the machine an event."""
@@ -246,6 +267,7 @@ class Catalog:
                 self._take(effect)
             case Restored(state):
                 self._state = state
+                self._skipped()
                 self._stamps.witness(hlc.of_time(state.time))
                 self._backlog.clear()
                 self._first = state.index + 1
@@ -276,12 +298,29 @@ class Catalog:
             if pending is not None:
                 pending.index = applied.index
                 pending.answer(applied.refused)
+        if self._outdated():
+            for pending in self._proposals.values():
+                pending.outdate()
         if proposal is not None and applied.refused is None and not applied.repeated:
             self._backlog.append((applied.index, proposal))
             if len(self._backlog) > 2 * BACKLOG:
                 del self._backlog[:BACKLOG]
                 self._first = self._backlog[0][0]
         self._changed.set()
+
+    def _skipped(self) -> None:
+        """Records were not seen one by one. If the boot is outdated by them, what is under way may have
+        become true before it was."""
+        if self._outdated():
+            for pending in self._proposals.values():
+                pending.answer(
+                    OperationError(
+                        "no-leader",
+                        "this peer has just been given a newer state, which does not tell whether the change "
+                        "has become true",
+                        "look again in a moment",
+                    )
+                )
 
     def _note_who_left(self, before: State) -> None:
         for peer, member in self._state.members.items():
@@ -504,6 +543,16 @@ class Catalog:
             await trio.sleep(FULL_PATIENCE)
             if self._driver.full is not None:
                 raise self._driver.full
+        while True:
+            pending = await self._propose_once(entry, request)
+            if pending.error is not None:
+                raise pending.error
+            if not pending.outdated:
+                return pending.index
+
+    async def _propose_once(self, entry: entries.Entry, request: str) -> _Pending:
+        if self._outdated():
+            self._take_boot()
         self._sequence += 1
         sequence, pending = self._sequence, _Pending()
         proposal = entries.Proposal(
@@ -521,9 +570,7 @@ class Catalog:
         finally:
             if self._proposals.pop(sequence, None) is not None:
                 self.feed(GivenUp(sequence))
-        if pending.error is not None:
-            raise pending.error
-        return pending.index
+        return pending
 
     def _unproposed(self, timeout: float) -> OperationError:
         if not self.leader:
