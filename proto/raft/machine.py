@@ -92,7 +92,7 @@ class Raft:
             Appended: self._appended,
             SnapshotPart: self._part,
             SnapshotTaken: self._taken,
-            Lead: self._lead,
+            Lead: self._election.lead,
             AskRead: self._ask_read,
             Readable: self._reads.answered,
             Follow: self._feeder.follow,
@@ -217,8 +217,8 @@ class Raft:
         replica = self._replica
         if self._leadership:
             self._settle_leader(self._leadership)
-        elif self._election.tick():
-            self._begin_to_lead()
+        else:
+            self._election.tick()
         if not self._leadership:
             self._following.settle()
             self._observer.tick()
@@ -291,10 +291,6 @@ class Raft:
 
     def _voted(self, peer: str, message: Voted) -> None:
         if self._election.voted(peer, message):
-            self._begin_to_lead()
-
-    def _lead(self, peer: str, message: Lead) -> None:
-        if self._election.lead(peer, message):
             self._begin_to_lead()
 
     def _appended(self, peer: str, message: Appended) -> None:

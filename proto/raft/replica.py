@@ -111,6 +111,22 @@ class Replica:
         last = log.configuration_index
         return last > self.commit and self.own in log.configuration_at(last - 1).deciding
 
+    @property
+    def writing(self) -> bool:
+        """Whether something is not durable yet. Writes are in order: a ballot would have to wait for it."""
+        return bool(self._writes) or self._changed
+
+    @property
+    def ballot_write(self) -> int:
+        """The number of the write that makes the newest ballot durable; 0: it is."""
+        if self._ballot is not None:
+            return self._number + 1
+        return self._ballot_number if self._writes and self._ballot_number >= self._writes[0].number else 0
+
+    @property
+    def _changed(self) -> bool:
+        return self._ballot is not None or self._truncate is not None or bool(self._records)
+
     def start(self) -> None:
         """The first event is here: what was found on disk is put right, if it must be."""
         if self._reset:
@@ -126,10 +142,8 @@ class Replica:
 
     def answer(self, peer: str, message: Any) -> None:
         """A message that leaves once the newest ballot is durable."""
-        if self._ballot is not None:
-            self._held.append((self._number + 1, Send(peer, message)))
-        elif self._writes and self._ballot_number >= self._writes[0].number:
-            self._held.append((self._ballot_number, Send(peer, message)))
+        if self.ballot_write:
+            self._held.append((self.ballot_write, Send(peer, message)))
         else:
             self.out.append(Send(peer, message))
 
@@ -142,12 +156,11 @@ class Replica:
         """Be a follower, or an observer without a vote."""
         self.become("follower" if self.votes else "observer", leader)
 
-    def adopt(self, term: int, voted: str = "") -> int:
-        """Enter a term (or vote in it) as a follower; gives the number of the write that makes it durable."""
+    def adopt(self, term: int, voted: str = "") -> None:
+        """Enter a term (or vote in it) as a follower."""
         self.ballot = self._ballot = Ballot(term, voted)
         self.matched = 0
         self.rest()
-        return self._number + 1
 
     # The log and the disk.
 
@@ -200,7 +213,7 @@ class Replica:
 
     def flush(self) -> None:
         """Hand the changes so far to the shell as one write."""
-        if self._ballot is None and self._truncate is None and not self._records:
+        if not self._changed:
             return
         records = tuple(self._records)
         durable = Durable(ballot=self._ballot, truncate=self._truncate, records=records)

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from proto.raft.events import Propose, Received
 from proto.raft.messages import Append, Appended, AskVote, Feed, Lead, SnapshotPart, Voted
+from tests.unit import peer_cluster
+from tests.unit.peer_cluster import Cluster
 from tests.unit.raft_scene import SETTINGS, Scene
 
 
@@ -271,3 +275,137 @@ def test_waking_too_often_asks_for_nothing() -> None:
         scene.do_wake("b")
     assert len(scene.sent) == before
     assert SETTINGS.heartbeat < SETTINGS.election
+
+
+def test_nobody_campaigns_again_while_the_own_ballot_is_being_written() -> None:
+    Scene("a b c").play("""
+        hold a
+        campaign a
+        cut a
+        elapse 5
+        wake a
+        a candidate term=2
+        heal
+        disk a
+        a leader term=2
+    """)
+
+
+def test_a_sole_voter_leads_however_slow_its_disk_is() -> None:
+    Scene("a").play("""
+        crash a
+        hold a
+        start a
+        elapse 5
+        wake a
+        a candidate term=3
+        disk a
+        a leader term=3
+    """)
+
+
+def test_a_voter_whose_disk_still_writes_neither_campaigns_nor_lets_others() -> None:
+    """A ballot would have to wait for those writes."""
+    Scene("a b c").play("""
+        campaign a
+        hold c
+        propose a x
+        cut a
+        campaign c
+        c follower term=2
+        campaign b
+        b candidate term=2
+        disk c
+        c leader term=3
+    """)
+
+
+def test_the_patience_of_a_voter_begins_when_its_vote_is_durable() -> None:
+    Scene("a b c").play("""
+        cut c
+        hold b
+        campaign a
+        elapse 5
+        mute b a
+        disk b
+        wake b
+        b follower term=2
+    """)
+
+
+def test_a_vote_counts_however_late_it_comes() -> None:
+    """Also when the candidate already asks whether it would be elected in the next term."""
+    scene = Scene("a b c")
+    scene.play("""
+        cut c
+        hold b
+        campaign a
+        elapse 0.9
+        wake a
+        a candidate term=2
+        disk b
+        a leader term=2
+    """)
+    assert AskVote(3, 1, 1, pre=True) in [send.message for name, send in scene.sent if name == "a"]
+
+
+def test_a_late_vote_after_a_hand_over_promises_no_silence() -> None:
+    scene = Scene("a b c")
+    scene.play("""
+        campaign a
+        beat a
+        cut c
+        hold a
+        transfer a b
+        b candidate term=3
+        elapse 1.4
+        wake b
+        disk a
+        b leader term=3 quiet=0.0
+    """)
+    assert AskVote(4, 2, 2, pre=True) in [send.message for name, send in scene.sent if name == "b"]
+
+
+def asks_whether(scene: Scene) -> list[AskVote]:
+    messages = (send.message for name, send in scene.sent if name == "a" and send.peer == "b")
+    return [message for message in messages if isinstance(message, AskVote) and message.pre]
+
+
+def fail(scene: Scene) -> float:
+    """The others say that they would vote for `a`, and do not; how long it waits until it asks anew."""
+    before = len(asks_whether(scene))
+    scene.feed("a", Received("b", Voted(asks_whether(scene)[-1].term, True, True)))
+    waited = 0.0
+    while len(asks_whether(scene)) == before:
+        waited += 0.05
+        scene.play("elapse 0.05")
+        scene.do_wake("a")
+    return waited
+
+
+def test_the_pause_grows_with_each_failed_campaign_until_a_leader_is_heard() -> None:
+    scene = Scene("a b c")
+    scene.play("""
+        crash b
+        crash c
+        campaign a
+    """)
+    first, second, *later = [fail(scene) for _ in range(6)]
+    assert 0.5 <= first < 0.9
+    assert 1.0 <= second < 1.7
+    assert all(2.0 <= waited < 3.3 for waited in later)
+    scene.feed("a", Received("b", Append(20, 1, 1, (), 1, 1)))
+    scene.play("campaign a")
+    assert fail(scene) < 0.9
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.5, 3.0])
+def test_a_leader_is_found_however_slow_the_disks_are(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    cluster = Cluster()
+    cluster.join("b", "c")
+    cluster.settle_voters("abc")
+    monkeypatch.setattr(peer_cluster, "DISK", seconds)
+    cluster.crash(cluster.leader.name)
+    cluster.until(lambda: cluster.leads("abc"))
