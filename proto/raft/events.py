@@ -79,7 +79,7 @@ class Stored:
 class Settings:
     """Times in seconds, sizes in bytes. A replica campaigns `election` to 1.3 × `election` after it last
     heard a leader; votes for nobody within `election` of that; a leader without a quorum for `election`
-    steps down."""
+    steps down, and one whose disk has lacked a committed record for so long hands over."""
 
     heartbeat: float = 0.1
     election: float = 1.0

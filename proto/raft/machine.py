@@ -247,10 +247,20 @@ class Raft:
         self._reads.step_down()
 
     def _heartbeat(self, leadership: Leadership) -> None:
-        if leadership.lost_quorum and not leadership.alone:
+        if (leadership.lost_quorum and not leadership.alone) or self._gives_way(leadership):
             self._replica.rest()
         else:
             leadership.begin_round()
+
+    def _gives_way(self, leadership: Leadership) -> bool:
+        """Hand over if the own disk fails and another's does not. True: that was in vain, step down."""
+        election, lag = self._replica.settings.election, leadership.disk_lag()
+        if lag <= election or leadership.blocked or not leadership.heir or not self._membership:
+            return False
+        if lag > 2 * election:
+            return True
+        self._membership.transfer_to(leadership.heir)
+        return False
 
     def _begin_to_lead(self) -> None:
         replica = self._replica

@@ -11,9 +11,10 @@ the shell says that the write is durable, what depended on it goes on:
   is written, cut off and another one takes its index, the late word about the first write proves nothing
   about the second one (the ABA problem of asynchronous storage).
 
-Committed records are handed out once they are durable here too. A shell may so keep the index of what was
-applied (`Stored.commit`) beside the log: were it ahead of the log, a crash could leave older records under
-that index which were never committed.
+Committed records are handed out once they are durable here too; a leader whose disk does not get on with that
+makes room for another one (`replication.py`). A shell may so keep the index of what was applied
+(`Stored.commit`) beside the log: were it ahead of the log, a crash could leave older records under that index
+which were never committed.
 """
 
 from __future__ import annotations

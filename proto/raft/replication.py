@@ -9,6 +9,11 @@ A replica that needs records which are compacted away gets the *snapshot* in par
 Every heartbeat begins a *round*, and its number comes back with the answers. The newest round that a quorum
 has answered tells since when nobody else can have been elected: check-quorum (no such round for `election`:
 step down), the lease for reads, and fresh reads all come from it. It counts from when the round began.
+
+A quorum commits without the leader's own disk, but nothing is applied here before it is durable here too, and
+so no read, and no peer's lease, gets on. A leader that has lacked a committed record for `election` therefore
+makes room for a voter that has it (`disk_lag`, `heir`): first by a hand-over, for which its disk is not
+needed, then by stepping down. A sole voter has no heir.
 """
 
 from __future__ import annotations
@@ -71,6 +76,9 @@ class Leadership:
         """Another peer was told to campaign at once: the lease is worth nothing any more in this term."""
         self.blocked = False
         """Proposals are not taken: leadership is about to move."""
+        self._lacked = 0
+        self._lacked_since = replica.now
+        """When the record at this index was committed, which was not durable here at the last look."""
         self._rounds: deque[tuple[int, float]] = deque()
         self._uncommitted = 0
         self.append("noop", (b"",))
@@ -102,6 +110,20 @@ class Leadership:
     @property
     def lost_quorum(self) -> bool:
         return self._replica.now - self.agreed_at > self._replica.settings.election
+
+    def disk_lag(self) -> float:
+        """For how long the own disk has lacked what was committed then; to be asked at every heartbeat."""
+        replica = self._replica
+        if replica.stable >= self._lacked:
+            self._lacked, self._lacked_since = replica.commit, replica.now
+        return replica.now - self._lacked_since
+
+    @property
+    def heir(self) -> str:
+        """The best voter that could lead instead; "" if there is none."""
+        voters = sorted(self._replica.configuration.voters & self.progress.keys())
+        fit = [peer for peer in voters if self.caught_up(peer)]
+        return max(fit, key=lambda peer: self.progress[peer].match, default="")
 
     def caught_up(self, peer: str) -> bool:
         """Whether this replica has what is committed, and lives."""

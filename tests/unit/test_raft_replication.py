@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import pytest
 
+from proto import entries as e
 from proto.log import Record
 from proto.machine import Persisted
+from proto.raft import events as raft
 from proto.raft.events import Ballot, Received
 from proto.raft.messages import Append, Appended, SnapshotTaken
+from tests.unit.peer_cluster import Cluster, Host, ident
 from tests.unit.raft_scene import Scene
 
 
@@ -397,3 +400,110 @@ def test_what_was_known_to_be_committed_is_applied_at_the_start() -> None:
         start a
         a applied=x commit=3
     """)
+
+
+def beats(scene: Scene, name: str, count: int) -> None:
+    for _ in range(count):
+        scene.play(f"beat {name}")
+
+
+def test_a_leader_whose_disk_stands_still_hands_over() -> None:
+    scene = Scene("a b c")
+    scene.play("""
+        campaign a
+        beat a
+        hold a
+        propose a x
+        a commit=3 applied=
+    """)
+    beats(scene, "a", 12)
+    scene.play("""
+        b leader term=3 applied=x quiet=0.0
+        propose b y
+        beat b
+        c applied=x,y
+        a follower term=3 leader=b applied=
+        disk a
+        beat b
+        a applied=x,y
+    """)
+
+
+def test_a_leader_whose_hand_over_fails_steps_down_and_stays_down_until_its_disk_works() -> None:
+    scene = Scene("a b c")
+    scene.play("""
+        campaign a
+        beat a
+        hold a
+        propose a x
+        hold b
+    """)
+    beats(scene, "a", 15)
+    scene.play("""
+        b candidate term=3
+        a leader term=2
+    """)
+    beats(scene, "a", 10)
+    scene.play("""
+        a follower term=2 leader=
+        cut b c
+        campaign a
+        a follower term=2
+        disk a
+        a leader term=3
+    """)
+
+
+@pytest.mark.parametrize("voters", ["a", "a b", "a b c"])
+def test_a_leader_stays_if_nobody_has_more_than_its_disk_has(voters: str) -> None:
+    scene = Scene(voters)
+    scene.play("""
+        campaign a
+        beat a
+    """)
+    for name in scene.actors:
+        scene.play(f"hold {name}")
+    scene.play("propose a x")
+    beats(scene, "a", 30)
+    scene.play("a leader term=2 applied=")
+
+
+def test_a_leader_whose_disk_is_slow_but_works_stays() -> None:
+    """There is always something that its disk lacks, but never the same for long."""
+    scene = Scene("a b c")
+    scene.play("""
+        campaign a
+        beat a
+        hold a
+        propose a x
+    """)
+    for _ in range(6):
+        beats(scene, "a", 4)
+        scene.play("propose a y")
+        beats(scene, "a", 2)
+        scene.play("disk a 1")
+        assert len(scene.actors["a"].writes) == 1
+    scene.play("a leader term=2")
+
+
+def test_no_lease_runs_out_when_the_disk_of_the_coordinator_stands_still() -> None:
+    stuck = ""
+
+    class Stuck(Cluster):
+        def _write(self, host: Host, key: str, data: raft.Durable) -> None:
+            if host.name != stuck:
+                super()._write(host, key, data)
+
+    cluster = Stuck()
+    cluster.join("b", "c")
+    cluster.settle_voters("abc")
+    cluster.run(5)
+    stuck = cluster.leader.name
+    others = [host for host in cluster.hosts.values() if host.name != stuck]
+    for _ in range(40):
+        cluster.propose("c", e.DrainPeer(peer=ident("c"), draining=False))
+        cluster.run(0.1)
+        assert all(host.deadline > host.clock(cluster.now) for host in others)
+    assert cluster.leader.name != stuck
+    assert len({host.state.index for host in others}) == 1
+    assert not any(host.lost for host in cluster.hosts.values())
