@@ -33,6 +33,15 @@ class Assembly:
     def __init__(self) -> None:
         self._pieces: _Pieces | None = None
 
+    @property
+    def peer(self) -> str:
+        """Who sent what is here of a snapshot; "" if there is nothing."""
+        return self._pieces.peer if self._pieces else ""
+
+    def received(self, peer: str) -> int:
+        """How many bytes of this sender's are here."""
+        return len(self._pieces.data) if self._pieces and self._pieces.peer == peer else 0
+
     def add(self, peer: str, part: SnapshotPart, commit: int) -> tuple[int | None, Snapshot | None]:
         """How many bytes to say are here (None: the part makes no sense), and the snapshot if it is whole.
 

@@ -9,6 +9,11 @@ a voter that was cut off while it was removed learns so in this way too, and may
 
 In a small mesh observers ask the leader; in a large one each stays with some voter, so that the load is
 spread, and goes on to another peer when that one is silent or follows nobody.
+
+A peer behind a slow way must not be taken for silent, or the answers of all who are asked in its stead fill
+that way. So the feeder begins with small answers and sends larger ones to whom they get quickly (`pace.py`);
+the observer waits longer if the last answer took long, or if nobody of all it knows has answered; and it
+stays with whoever has sent a part of a snapshot, even if that came late, until nothing more comes from there.
 """
 
 from __future__ import annotations
@@ -19,16 +24,26 @@ from dataclasses import dataclass
 from proto.raft.assembly import Assembly
 from proto.raft.events import Snapshot
 from proto.raft.messages import Feed, Follow, SnapshotPart, SnapshotTaken
+from proto.raft.pace import Pace
 from proto.raft.replica import NEVER, Replica
 
 FEW = 16
 """In a mesh of more members observers do not all ask the leader; nor get signs of life at every heartbeat."""
 
 FOLLOWERS = 4096
-"""Peers whose questions are kept open."""
+"""Peers whose questions are kept open, and whose pace is remembered."""
 
 TRANSFERS = 64
 """Peers that get a snapshot at a time."""
+
+LEAST = 8
+"""The smallest answer in bytes is the largest one divided by this."""
+
+ROUNDS = 2
+"""So often the patience of an observer doubles, each time that all were asked and nobody has answered."""
+
+LONGEST = 16
+"""An observer's patience in `election`s, however long answers took."""
 
 
 @dataclass(slots=True)
@@ -42,6 +57,8 @@ class _Question:
 class _Transfer:
     snapshot: Snapshot
     used: float
+    taken: int = 0
+    """Bytes of it that the peer has."""
 
 
 class Feeder:
@@ -51,6 +68,7 @@ class Feeder:
         self._replica = replica
         self._open: dict[str, _Question] = {}
         self._transfers: dict[str, _Transfer] = {}
+        self._paces: dict[str, Pace] = {}
         self._served = 0
 
     @property
@@ -64,8 +82,12 @@ class Feeder:
         self._open.pop(peer, None)
         question = _Question(message.after, message.after_term, replica.now + self._hold())
         if message.after < replica.log.base_index:
-            self._send_part(peer, 0)
-        elif message.after < replica.commit or replica.role == "observer":
+            self._begin_or_go_on(peer)
+            return
+        pace = self._pace(peer)
+        if not pace.answered(message.after, replica.now):
+            pace.asked_again()
+        if message.after < replica.commit or replica.role == "observer":
             self._feed(peer, question)
         elif len(self._open) < FOLLOWERS:
             self._open[peer] = question
@@ -75,10 +97,13 @@ class Feeder:
         transfer = self._transfers.get(peer)
         if transfer is None or transfer.snapshot.index != message.index:
             return
-        if 0 <= message.received < len(transfer.snapshot.data):
-            self._send_part(peer, message.received)
-        else:
+        if not 0 <= message.received < len(transfer.snapshot.data):
             del self._transfers[peer]
+        elif message.received != transfer.taken:
+            # What is said twice must not be answered twice, or so would be all that follows.
+            self._pace(peer).answered(message.received, self._replica.now)
+            transfer.taken = message.received
+            self._send_part(peer, transfer)
 
     def settle(self) -> None:
         """Answer whom there is something for, or who has waited long enough."""
@@ -103,23 +128,44 @@ class Feeder:
         if log.term_at(place) != question.term and place == question.after:
             place = log.last_not_after(place, question.term)
         place = max(place, log.base_index)
-        records = log.slice(place + 1, replica.commit, replica.settings.append_bytes)
+        pace = self._pace(peer)
+        size = min(replica.settings.append_bytes, pace.window)
+        records = log.slice(place + 1, replica.commit, size)
+        if place + len(records) < replica.commit:
+            pace.sent(place + len(records), replica.now)
         term = log.term_at(place) or 0
         feed = Feed(replica.term, replica.leader, replica.configuration, place, term, records, replica.commit)
         replica.send(peer, feed)
 
-    def _send_part(self, peer: str, offset: int) -> None:
+    def _pace(self, peer: str) -> Pace:
+        settings = self._replica.settings
+        pace = self._paces.pop(peer, None)
+        if pace is None:
+            pace = Pace(settings.append_bytes // LEAST, settings.append_bytes, settings.election)
+            if len(self._paces) >= FOLLOWERS:
+                del self._paces[next(iter(self._paces))]
+        self._paces[peer] = pace
+        return pace
+
+    def _begin_or_go_on(self, peer: str) -> None:
         replica = self._replica
         transfer = self._transfers.get(peer)
-        if transfer is None or (offset == 0 and transfer.snapshot.index < replica.log.base_index):
+        if transfer is None or transfer.snapshot.index < replica.log.base_index:
             if len(self._transfers) >= TRANSFERS:
                 self._forget_idle()
             if len(self._transfers) >= TRANSFERS or not replica.snapshot.index:
                 return
             transfer = self._transfers[peer] = _Transfer(replica.snapshot, replica.now)
+        else:
+            self._pace(peer).asked_again()
+        self._send_part(peer, transfer)
+
+    def _send_part(self, peer: str, transfer: _Transfer) -> None:
+        replica, snapshot, offset = self._replica, transfer.snapshot, transfer.taken
         transfer.used = replica.now
-        snapshot = transfer.snapshot
-        data = snapshot.data[offset : offset + replica.settings.part_bytes]
+        pace = self._pace(peer)
+        data = snapshot.data[offset : offset + min(replica.settings.part_bytes, pace.window)]
+        pace.sent(offset + len(data), replica.now)
         part = SnapshotPart(
             replica.term,
             snapshot.index,
@@ -152,6 +198,14 @@ class Observer:
         self._from_commit = False
         """The own tail is not the others': ask from what is committed."""
         self._turn = 0
+        self._known_peers = 1
+        """How many there are to ask in turn."""
+        self._asked: dict[str, float] = {}
+        """Who was asked since the last answer, and when first."""
+        self._silent = 0
+        """Questions since then that were not answered in time."""
+        self._took = 0.0
+        """Seconds until the last answer, at most: it may be that to the first of several questions."""
         self._place = replica.rng.randrange(1 << 16)
         """Which voter to begin with in a large mesh."""
 
@@ -167,7 +221,8 @@ class Observer:
     def _left_alone(self) -> float:
         """From when on no leader sends, unless it is heard again."""
         replica = self._replica
-        patience = 2 * replica.settings.election if replica.votes else 3 * replica.settings.heartbeat
+        brings = replica.votes or (replica.leader and replica.leader == self._assembly.peer)
+        patience = 2 * replica.settings.election if brings else 3 * replica.settings.heartbeat
         return replica.heard_append + patience
 
     def start(self) -> None:
@@ -182,14 +237,19 @@ class Observer:
             self._ask_at = NEVER
 
     def tick(self) -> None:
-        """Ask, if it is time to; the next one, if the last one asked did not answer."""
+        """Ask, if it is time to; the next one, if the last one asked did not answer.
+
+        Who is sending a snapshot is asked once more: it goes on where it stopped, another would begin anew.
+        """
         replica = self._replica
         if replica.now < self.due:
             return
         if self._target and self._ask_at > self._asked_at:
-            if replica.leader == self._target and not replica.votes:
-                replica.rest()
-            self._choose(self._turn + 1)
+            self._silent += 1
+            if self._silent > 1 or self._assembly.peer != self._target:
+                if replica.leader == self._target and not replica.votes:
+                    replica.rest()
+                self._choose(self._turn + 1)
         elif not self._target:
             self._choose(0)
         self._ask()
@@ -204,8 +264,8 @@ class Observer:
         self._hear_of_leader(peer, message)
         before = replica.commit
         sensible = self._take(message, end)
-        if peer != self._target:
-            return
+        if (message.records and end <= before) or not self._answered(peer):
+            return  # records that are here already were asked for twice: the newest question still waits
         pause = 0.0 if replica.commit > before else replica.settings.heartbeat / 2
         replicates = peer in self._known.replicas
         if learned and not replicates:
@@ -217,24 +277,42 @@ class Observer:
         self.tick()
 
     def part(self, peer: str, message: SnapshotPart) -> None:
-        """A part of a snapshot from the peer that was asked.
+        """A part of a snapshot from the peer that was asked, or was before and is late.
 
-        Not while a leader sends: it brings its own snapshot, and each of two transfers would throw away
-        what the other one has brought (`assembly.py`).
+        Not while a leader sends, nor from a second one while those of the first still come: it brings its own
+        snapshot, and each of two transfers would throw away what the other one has brought (`assembly.py`).
         """
         replica = self._replica
-        if replica.role == "leader" or peer != self._target or replica.now < self._left_alone:
+        if replica.role == "leader" or replica.now < self._left_alone:
             return
+        if peer != self._target and self._assembly.peer not in ("", peer):
+            return
+        here = self._assembly.received(peer)
         received, snapshot = self._assembly.add(peer, message, replica.commit)
         if received is None:
             return
-        self._wait()
+        # A part that was here already may be of an earlier question.
+        if message.index > replica.commit and message.offset + len(message.data) > here:
+            self._answered(peer)
+            self._target = peer
+            self._wait()
         replica.send(peer, SnapshotTaken(replica.term, message.index, received))
         if snapshot is not None:
             if replica.role == "candidate":
                 replica.rest()
             replica.install(snapshot)
             self._ask()
+
+    def _answered(self, peer: str) -> bool:
+        """If this peer was asked: it is the one to go on with, even if others were asked in its stead."""
+        asked_at = self._asked.get(peer)
+        if asked_at is None:
+            return False
+        self._took = self._replica.now - asked_at
+        self._silent = 0
+        self._asked.clear()
+        self._target = peer
+        return True
 
     def _learn(self, message: Feed) -> bool:
         """Who the voters are, unless the answer is older than what is here; True if that is new."""
@@ -290,8 +368,12 @@ class Observer:
 
     def _wait(self) -> None:
         settings = self._replica.settings
+        patience = max(3 * settings.heartbeat, 0.6 * settings.election, 1.5 * self._took)
+        patience = min(patience, LONGEST * settings.election)
+        patience *= 2 ** min(self._silent // self._known_peers, ROUNDS)
         self._asked_at = self._replica.now
-        self._ask_at = self._asked_at + max(3 * settings.heartbeat, 0.6 * settings.election)
+        self._ask_at = self._asked_at + patience
+        self._asked.setdefault(self._target, self._asked_at)
 
     def _choose(self, turn: int) -> None:
         replica = self._replica
@@ -303,5 +385,6 @@ class Observer:
         elif replica.leader:
             voters.insert(0, replica.leader)
         order = [peer for peer in dict.fromkeys(voters + others) if peer != replica.own]
-        self._turn = turn % len(order) if order else 0
+        self._known_peers = max(1, len(order))
+        self._turn = turn % self._known_peers
         self._target = order[self._turn] if order else ""

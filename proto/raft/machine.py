@@ -11,6 +11,7 @@ when to wake up; the parts, each a file, are
 * `election.py`: asking for votes and giving them, and the promise that leases rely on;
 * `following.py`, `assembly.py`: the side that a leader speaks to, and snapshots that come in parts;
 * `replication.py`: a leader's term;
+* `pace.py`: how much is under way to a peer at a time;
 * `membership.py`: changing voters, and handing over;
 * `reads.py`: linearizable reads;
 * `feeding.py`: members without a vote;

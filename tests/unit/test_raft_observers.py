@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
+
 from proto.log import Record
-from proto.raft.events import Received
-from proto.raft.messages import Feed, Follow, SnapshotPart
+from proto.raft.events import Received, Stored
+from proto.raft.messages import Feed, Follow, SnapshotPart, SnapshotTaken
 from tests.unit.raft_scene import Scene
+from tests.unit.slow_links import MEGABIT, SLOW, Links, founded
 
 
 def test_an_observer_gets_what_is_committed_and_only_that() -> None:
@@ -227,3 +232,63 @@ def test_observers_read_through_the_leader() -> None:
         read o 2 fresh
         o ready=1,2
     """)
+
+
+@pytest.mark.parametrize(("rate", "delay"), SLOW)
+@pytest.mark.parametrize("what", ["snapshot", "records"])
+@pytest.mark.parametrize("voters", ["a", "abc"])
+def test_what_an_observer_lacks_gets_over_a_slow_link(
+    voters: str, what: str, rate: float, delay: float
+) -> None:
+    size = 1_000_000
+    stored = founded(voters, **{what: size})
+    links = Links(voters, stored, Stored(), rate, delay)
+    end = stored.commit
+    assert links.run(30 + 2 * size / rate + 100 * delay, lambda: links.machines["o"].applied_index >= end)
+    assert links.carried < 1.5 * size
+
+
+def test_a_snapshot_gets_through_although_messages_are_lost() -> None:
+    size = 1_000_000
+    links = Links("abc", founded("abc", snapshot=size), Stored(), 100 * MEGABIT, 0.01)
+    dice = random.Random(1)
+    links.lose = lambda sender, to, _message: "o" in (sender, to) and dice.random() < 0.1
+    assert links.run(120, links.follows)
+    assert links.carried < 3 * size
+
+
+def test_a_late_part_is_taken_and_its_sender_goes_on() -> None:
+    scene = Scene("a b c", "o")
+    scene.play("""
+        campaign a
+        propose a one two three four five six
+        beat a
+        compact a 8 9
+        compact b 8 9
+        tap a o
+        tap b o
+        contacts o a b
+        elapse 0.7
+        wake o
+        o last=0
+        pour
+        o applied=one,two,three,four,five,six
+    """)
+    taken = [s.peer for name, s in scene.sent if name == "o" and isinstance(s.message, SnapshotTaken)]
+    assert len(taken) > 1
+    assert set(taken) == {"a"}
+
+
+def test_who_says_twice_what_it_has_gets_the_next_part_once() -> None:
+    scene = Scene("a", "o")
+    scene.play("""
+        propose a one two three four five six
+        compact a 8 9
+        tap o a
+        contacts o a
+    """)
+    scene.feed("a", Received("o", Follow(0, 0)))
+    before = len(scene.sent)
+    for _ in range(3):
+        scene.feed("a", Received("o", SnapshotTaken(0, 8, 4)))
+    assert len(scene.sent) == before + 1
