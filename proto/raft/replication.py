@@ -6,6 +6,11 @@ For each replica the leader knows how far the logs are equal (`match`) and what 
 leave without waiting for answers, up to a window, while a refusal (something was lost) goes back to probing.
 A replica that needs records which are compacted away gets the *snapshot* in parts first.
 
+Heartbeats go the same way as all that, and in order. Their answers, which wait for no disk, tell two things:
+how long what is under way takes, so that on a slow way there is less of it (`pace.py`); and, since a
+heartbeat sent after a part is answered after it, that a part is lost which by then is not said to be there.
+So nothing is sent twice only because it is slow, and no time must be guessed after which it is.
+
 Every heartbeat begins a *round*, and its number comes back with the answers. The newest round that a quorum
 has answered tells since when nobody else can have been elected: check-quorum (no such round for `election`:
 step down), the lease for reads, and fresh reads all come from it. It counts from when the round began.
@@ -25,11 +30,16 @@ from typing import Literal
 from proto.log import Record, RecordKind
 from proto.raft.configuration import Configuration, encode
 from proto.raft.events import Snapshot
+from proto.raft.log import RECORD_COST
 from proto.raft.messages import Append, Appended, SnapshotPart, SnapshotTaken
+from proto.raft.pace import Pace
 from proto.raft.replica import NEVER, Replica
 
 PARTS = 4
-"""Parts of a snapshot under way to one replica."""
+"""Parts of a snapshot under way to one replica, at most."""
+
+LEAST = 16
+"""The smallest window in bytes is the largest append divided by this."""
 
 UNCOMMITTED = 64 << 20
 """Bytes of proposals that wait to be committed; more are not taken."""
@@ -40,12 +50,15 @@ class Progress:
     """What the leader knows of one replica."""
 
     next: int
+    pace: Pace
     match: int = 0
     state: Literal["probe", "replicate", "snapshot"] = "probe"
     asked: bool = False
-    """While probing: an append is under way."""
-    inflight: deque[int] = field(default_factory=deque)
-    """The last index of each append under way."""
+    """While probing: an append is under way, the only one of `inflight`."""
+    inflight: deque[tuple[int, int]] = field(default_factory=deque)
+    """The last index of each append under way, and its bytes."""
+    under_way: int = 0
+    """Bytes of all of them."""
     told_commit: int = 0
     round: int = 0
     heard: float = NEVER
@@ -54,8 +67,13 @@ class Progress:
     taken: int = 0
     """Bytes of the snapshot that the replica has."""
     sent: int = 0
-    moved: float = NEVER
-    """When `taken` last grew."""
+    sent_in: int = 0
+    """The round in which the last part was sent."""
+
+    def forget_inflight(self) -> None:
+        """What is under way is lost, or of no use."""
+        self.inflight.clear()
+        self.under_way = 0
 
 
 class Leadership:
@@ -162,7 +180,10 @@ class Leadership:
         """Know the replicas of the newest configuration; the others are kept until `forget_removed`."""
         replica = self._replica
         for peer in sorted(replica.configuration.replicas - self.progress.keys() - {replica.own}):
-            self.progress[peer] = Progress(next=replica.log.last_index + 1)
+            settings = replica.settings
+            most = settings.inflight * settings.append_bytes
+            pace = Pace(settings.append_bytes // LEAST, most, settings.election, small=True)
+            self.progress[peer] = Progress(replica.log.last_index + 1, pace)
         self._count_rounds()
 
     def forget_removed(self) -> None:
@@ -199,6 +220,7 @@ class Leadership:
         self._rounds.append((self.round, replica.now))
         self.next_heartbeat = replica.now + replica.settings.heartbeat
         for peer, progress in self.progress.items():
+            progress.pace.sent(self.round, replica.now)
             self._heartbeat(peer, progress)
         self._count_rounds()
 
@@ -236,6 +258,9 @@ class Leadership:
             self._matched(progress, message.index)
         elif progress.state != "snapshot":
             self._refused(progress, message)
+        progress.pace.answered(message.round, self._replica.now)
+        if message.round > progress.sent_in:
+            progress.sent = progress.taken  # what is beyond that was lost
         self._replicate(peer, progress)
 
     def _matched(self, progress: Progress, index: int) -> None:
@@ -244,8 +269,12 @@ class Leadership:
         elif index > progress.match:
             progress.match = index
             progress.next = max(progress.next, index + 1)
-        while progress.inflight and progress.inflight[0] <= index:
-            progress.inflight.popleft()
+        while progress.inflight and progress.inflight[0][0] <= index:
+            size = progress.inflight.popleft()[1]
+            progress.under_way -= size
+            progress.pace.arrived(size)
+        if progress.state == "probe" and progress.inflight:
+            progress.next = max(progress.next, progress.inflight[-1][0] + 1)
         if progress.state == "probe" or (progress.snapshot and progress.snapshot.index <= index):
             progress.state, progress.snapshot = "replicate", None
 
@@ -260,7 +289,8 @@ class Leadership:
         if progress.state == "probe" and progress.asked and place >= progress.next:
             return
         progress.state, progress.asked, progress.next = "probe", False, place
-        progress.inflight.clear()
+        progress.forget_inflight()
+        progress.pace.restart()
 
     def taken(self, peer: str, message: SnapshotTaken) -> None:
         """A replica has got parts of the snapshot."""
@@ -275,7 +305,8 @@ class Leadership:
             progress.snapshot = None
         elif message.received != progress.taken:
             went_back = message.received < progress.taken
-            progress.taken, progress.moved = max(0, message.received), self._replica.now
+            progress.pace.arrived(max(0, message.received - progress.taken))
+            progress.taken = max(0, message.received)
             progress.sent = progress.taken if went_back else max(progress.sent, progress.taken)
         self._replicate(peer, progress)
 
@@ -297,19 +328,29 @@ class Leadership:
         if progress.state == "probe":
             if not progress.asked:
                 progress.asked = True
-                self._send(peer, progress, log.slice(progress.next, log.last_index, self._append_bytes))
+                self._send_records(peer, progress)
             return
-        while progress.next <= log.last_index and len(progress.inflight) < replica.settings.inflight:
-            records = log.slice(progress.next, log.last_index, self._append_bytes)
-            self._send(peer, progress, records)
-            progress.next += len(records)
-            progress.inflight.append(progress.next - 1)
+        while progress.next <= log.last_index and self._has_room(progress):
+            progress.next = self._send_records(peer, progress) + 1
         if progress.told_commit < replica.commit and progress.told_commit < progress.next - 1:
             self._send(peer, progress, ())
 
-    @property
-    def _append_bytes(self) -> int:
-        return self._replica.settings.append_bytes
+    def _has_room(self, progress: Progress) -> bool:
+        fits = progress.under_way < progress.pace.window
+        return fits and len(progress.inflight) < self._replica.settings.inflight
+
+    def _send_records(self, peer: str, progress: Progress) -> int:
+        """Send the records from `next` on, as many as one append may have; gives the last one's index."""
+        log = self._replica.log
+        size = min(self._replica.settings.append_bytes, progress.pace.window - progress.under_way)
+        records = log.slice(progress.next, log.last_index, size)
+        self._send(peer, progress, records)
+        last = progress.next - 1 + len(records)
+        if records:
+            size = sum(len(record.payload) + RECORD_COST for record in records)
+            progress.inflight.append((last, size))
+            progress.under_way += size
+        return last
 
     def _heartbeat(self, peer: str, progress: Progress) -> None:
         replica, log = self._replica, self._replica.log
@@ -319,9 +360,6 @@ class Leadership:
             self._send(peer, progress, ())
             return
         replica.send(peer, Append(replica.term, 0, 0, (), 0, self.round))
-        if replica.now - progress.moved > replica.settings.election:
-            progress.sent, progress.moved = progress.taken, replica.now
-            self._send_parts(peer, progress)
 
     def _send(self, peer: str, progress: Progress, records: tuple[Record, ...]) -> None:
         replica = self._replica
@@ -332,17 +370,19 @@ class Leadership:
 
     def _begin_snapshot(self, peer: str, progress: Progress) -> None:
         progress.state, progress.snapshot = "snapshot", self._replica.snapshot
-        progress.inflight.clear()
+        progress.forget_inflight()
+        progress.pace.restart()
         progress.taken = progress.sent = 0
-        progress.moved = self._replica.now
         self._send_parts(peer, progress)
 
     def _send_parts(self, peer: str, progress: Progress) -> None:
         replica, snapshot = self._replica, progress.snapshot
         if snapshot is None:
             return
-        step, size = replica.settings.part_bytes, len(snapshot.data)
-        while progress.sent - progress.taken < PARTS * step and progress.sent < max(size, 1):
+        window, size = min(PARTS * replica.settings.part_bytes, progress.pace.window), len(snapshot.data)
+        step = max(1, window // PARTS)
+        while progress.sent - progress.taken < window and progress.sent < max(size, 1):
+            progress.sent_in = self.round
             data = snapshot.data[progress.sent : progress.sent + step]
             part = SnapshotPart(
                 replica.term,

@@ -32,7 +32,7 @@ from proto.raft.configuration import Configuration
 from proto.raft.machine import Raft
 from tests.sim.raft_world import Disk
 
-SETTINGS = ev.Settings(append_bytes=1000, part_bytes=4)
+SETTINGS = ev.Settings(append_bytes=16_000, part_bytes=4)
 ROLES = ("leader", "follower", "candidate", "observer")
 
 

@@ -10,9 +10,10 @@ from proto.log import Record
 from proto.machine import Persisted
 from proto.raft import events as raft
 from proto.raft.events import Ballot, Received
-from proto.raft.messages import Append, Appended, SnapshotTaken
+from proto.raft.messages import Append, Appended, SnapshotPart, SnapshotTaken
 from tests.unit.peer_cluster import Cluster, Host, ident
 from tests.unit.raft_scene import Scene
+from tests.unit.slow_links import MEGABIT, SLOW, Links, founded
 
 
 def test_proposals_reach_everybody_and_commit() -> None:
@@ -160,11 +161,10 @@ def test_appends_in_any_order_and_twice_do_no_harm() -> None:
 
 def test_a_window_of_appends_is_under_way_at_most() -> None:
     scene = Scene("a b c")
-    scene.play("""
-        campaign a
-        beat a
-        hold b
-    """)
+    scene.play("campaign a")
+    for _ in range(4):
+        scene.play("beat a")
+    scene.play("hold b")
     before = len(scene.sent)
     for number in range(200):
         scene.play(f"propose a {number}")
@@ -507,3 +507,93 @@ def test_no_lease_runs_out_when_the_disk_of_the_coordinator_stands_still() -> No
     assert cluster.leader.name != stuck
     assert len({host.state.index for host in others}) == 1
     assert not any(host.lost for host in cluster.hosts.values())
+
+
+def scene_with_a_snapshot_to_send() -> Scene:
+    """What a sends to c is put aside: the first parts of a snapshot."""
+    scene = Scene("a b c")
+    scene.play("""
+        campaign a
+        cut c
+        propose a one two three four five six
+        compact a 8 9
+        heal
+        tap a c
+    """)
+    scene.feed("a", Received("c", Appended(2, False, 2, 1, 2)))
+    scene.settle()
+    return scene
+
+
+def parts(scene: Scene) -> list[int]:
+    return [send.message.offset for _, send in scene.sent if isinstance(send.message, SnapshotPart)]
+
+
+def test_a_part_that_is_only_late_is_not_sent_again() -> None:
+    scene = scene_with_a_snapshot_to_send()
+    begun = parts(scene)
+    for _ in range(30):
+        scene.play("beat a")
+    assert parts(scene) == begun == [0, 4, 8, 12]
+    scene.play("""
+        pour
+        c applied=one,two,three,four,five,six
+    """)
+    assert len(set(parts(scene))) == len(parts(scene))
+
+
+def test_a_lost_part_is_sent_again_after_the_next_heartbeat() -> None:
+    scene = scene_with_a_snapshot_to_send()
+    scene.tapped.clear()
+    scene.play("""
+        pour
+        beat a
+        c applied=one,two,three,four,five,six
+    """)
+
+
+def test_a_lost_append_is_sent_again_after_the_next_heartbeats() -> None:
+    for lost in ("x", "x y z"):
+        scene = Scene("a b c")
+        scene.play("""
+            campaign a
+            beat a
+            mute a b
+        """)
+        for payload in lost.split():
+            scene.play(f"propose a {payload}")
+        scene.play(f"""
+            heal
+            beat a
+            beat a
+            b applied={lost.replace(" ", ",")}
+        """)
+
+
+def test_an_append_that_probes_is_sent_once() -> None:
+    """The answer to a heartbeat before it says where the logs agree; it is under way."""
+    scene = Scene("a b c")
+    scene.play("campaign a")
+    appends = [s.message for _, s in scene.sent if s.peer == "b" and isinstance(s.message, Append)]
+    assert [len(append.records) for append in appends if append.records] == [1]
+
+
+@pytest.mark.parametrize(("rate", "delay"), SLOW)
+@pytest.mark.parametrize("what", ["snapshot", "records"])
+def test_what_a_voter_lacks_gets_over_a_slow_link(what: str, rate: float, delay: float) -> None:
+    size = 2_000_000
+    stored = founded("abco", **{what: size})
+    links = Links("abc", stored, founded("abco", records=1), rate, delay)
+    end = stored.commit
+    assert links.run(30 + 2 * size / rate + 100 * delay, lambda: links.machines["o"].applied_index >= end)
+    assert links.carried < 1.5 * size
+
+
+@pytest.mark.parametrize("what", ["snapshot", "records"])
+@pytest.mark.parametrize("megabits", [1, 3, 10])
+def test_a_leader_keeps_the_only_other_voter_while_that_catches_up(what: str, megabits: float) -> None:
+    stored = founded("ao", **{what: 4_000_000})
+    links = Links("a", stored, founded("ao", records=1), megabits * MEGABIT, 0.02)
+    end = stored.commit
+    assert links.run(100, lambda: links.machines["o"].applied_index >= end)
+    assert [became.term for _, became in links.roles if became.role == "leader"] == [2]
