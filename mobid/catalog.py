@@ -16,7 +16,6 @@ made, takes a higher one, and proposes again what is under way, which cannot bec
 from __future__ import annotations
 
 import itertools
-import math
 import random
 import secrets
 import time
@@ -69,6 +68,9 @@ SILENT_AFTER = 3.0
 
 FULL_PATIENCE = 1.0
 """How long a coordinator with a full disk waits for others to make a proposal true without it."""
+
+LOOK_PAUSE = 0.5
+"""Seconds between two looks at whether those who wait for a decision still may."""
 
 READ_PAUSE = 0.1
 HAND_OVER_PAUSE = 2.0
@@ -224,6 +226,7 @@ class Catalog:
             nursery.start_soon(self._tell_wall)
             nursery.start_soon(self._note_commit)
             nursery.start_soon(self._catch_up)
+            nursery.start_soon(self._watch_majority)
             nursery.start_soon(self._watch_disk, self._driver)
             task_status.started()
 
@@ -233,7 +236,10 @@ class Catalog:
             self.feed(Wall(time.time()))
 
     async def _catch_up(self) -> None:
-        await self.read(math.inf)
+        state = await self._read()
+        while state is None:
+            await trio.sleep(READ_PAUSE)
+            state = await self._read()
         self._fresh = True
         self._changed.set()
 
@@ -252,6 +258,19 @@ class Catalog:
             if driver.full is not None and self.leads:
                 for pending in list(self._proposals.values()):
                     pending.answer(driver.full)
+
+    async def _watch_majority(self) -> None:
+        """Whoever waits for what nobody can decide is told so when that is known, instead of waiting on."""
+        told = False
+        while True:
+            await trio.sleep(LOOK_PAUSE)
+            error = self._hopeless()
+            if error is not None:
+                for pending in list(self._proposals.values()):
+                    pending.answer(error)
+                if not told:
+                    self._changed.set()
+            told = error is not None
 
     def close(self) -> None:
         """Close the store; nothing may be proposed any more."""
@@ -420,18 +439,24 @@ class Catalog:
         return member is not None and member.draining
 
     def no_leader(self) -> OperationError:
-        """Why there is no coordinator, in words."""
-        voters, missing = self.voters, self.missing()
-        if not voters:
+        """Why there is no coordinator, in words; `no-leader` while there may soon be one."""
+        if not self.voters:
             return OperationError(
                 "no-leader",
                 "no coordinator: this peer has no catalog yet and none of the members it knows has answered",
                 "start the peers of the mesh, or mend the network between them",
             )
+        return self._no_majority() or OperationError(
+            "no-leader", "no coordinator right now: one is being elected", "try again"
+        )
+
+    def _no_majority(self) -> OperationError | None:
+        """That too many voters are missing for a decision, if it is so as far as this peer sees."""
+        voters, missing = self.voters, self.missing()
         lost = voters & {self._own} if self.recovering else frozenset[str]()
         there = voters - missing.keys() - lost
-        if self.configuration.quorum(there):
-            return OperationError("no-leader", "no coordinator right now: one is being elected", "try again")
+        if self._machine is None or self.configuration.quorum(there):
+            return None
         why = {peer: f"silent for {silence:.0f} s" for peer, silence in missing.items()}
         why |= dict.fromkeys(lost, "this peer, which has lost its log and must not vote as it is")
         names = ", ".join(sorted(f"{self._state.peer_name(peer)} ({reason})" for peer, reason in why.items()))
@@ -442,12 +467,25 @@ class Catalog:
                 "mesh in an empty --dir"
             )
         message = f"no coordinator: {len(there)} of {len(voters)} voters answer; missing: {names}"
-        return OperationError("no-leader", message, hint)
+        return OperationError("no-majority", message, hint)
+
+    def _hopeless(self) -> OperationError | None:
+        """Why there is no use in waiting for a decision; None if there may be.
+
+        A coordinator that answers is hope enough: it may hear voters that this peer does not.
+        """
+        if self.leads or not self.voters or (self.leader and self.leader not in self.missing()):
+            return None
+        return self._no_majority()
 
     async def wait_leader(self, timeout: float) -> str:
-        """The coordinator's id; waits for one to be elected, then raises `OperationError(no-leader)`."""
+        """The coordinator's id; waits for one to be elected, if there can be one.
+
+        Raises `OperationError(no-leader, no-majority)`.
+        """
         with trio.move_on_after(timeout):
-            await self._changed.wait_until(lambda: bool(self.leader))
+            await self._changed.wait_until(lambda: bool(self.leader) or self._hopeless() is not None)
+        if self.leader and self._hopeless() is None:
             return self.leader
         raise self.no_leader()
 
@@ -495,21 +533,27 @@ class Catalog:
     async def read(self, timeout: float = 10.0) -> State:
         """A state at least as new as everything that was acknowledged anywhere before this call.
 
-        Raises `OperationError(no-leader)`.
+        Raises `OperationError(no-leader, no-majority)`.
         """
         with trio.move_on_after(timeout):
-            while True:
-                cookie, pending = next(self._cookies), _Pending()
-                self._reads[cookie] = pending
-                try:
-                    self.feed(Read(cookie))
-                    await pending.done.wait()
-                finally:
-                    self._reads.pop(cookie, None)
-                if pending.state is not None:
-                    return pending.state
+            while (error := self._hopeless()) is None:
+                state = await self._read()
+                if state is not None:
+                    return state
                 await trio.sleep(READ_PAUSE)
+            raise error
         raise self.no_leader()
+
+    async def _read(self) -> State | None:
+        """The same, asked once; None after a moment without a coordinator (`proto/raft/reads.py`)."""
+        cookie, pending = next(self._cookies), _Pending()
+        self._reads[cookie] = pending
+        try:
+            self.feed(Read(cookie))
+            await pending.done.wait()
+        finally:
+            self._reads.pop(cookie, None)
+        return pending.state
 
     def _answer_read(self, cookie: int, state: State | None) -> None:
         pending = self._reads.get(cookie)
@@ -528,10 +572,13 @@ class Catalog:
 
         `request` is the step of a command (`operations.step`): one that was applied before changes nothing.
 
-        Raises `OperationError`: the code of a refusal if it contradicts the state, `too-large`; `no-leader`
-        if nobody made it true in time, `no-room` if the disk is full (then it may still become true).
+        Raises `OperationError`: the code of a refusal if it contradicts the state, `too-large`; `no-majority`
+        as soon as too many voters are missing, `no-leader` if nobody made it true in time, `no-room` if the
+        disk is full. After these it may still become true, unless it was refused at once.
         """
         versions.check_entry(self._state, entry)
+        if (error := self._hopeless()) is not None:
+            raise error
         with trio.move_on_after(timeout):
             async with self._slots:
                 return await self._propose(entry, request)

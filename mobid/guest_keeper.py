@@ -235,7 +235,7 @@ class Keeper:
         try:
             await self._k.catalog.propose(entry, timeout=REPORT_TIMEOUT)
         except OperationError as error:
-            self._unheard = error.code in ("no-leader", "timeout", "unreachable")
+            self._unheard = error.code in ("no-leader", "no-majority", "timeout", "unreachable")
             logger.warning("guest cannot be reported", guest=guest.key, code=error.code, error=error.message)
             return False
         self._unheard, self._restarts = False, 0

@@ -165,8 +165,8 @@ class Operations:
         leader: Callable[[float], Awaitable[str]],
         catch_up: Callable[[], Awaitable[None]],
     ) -> None:
-        """`leader(timeout)` gives the coordinator's id, or raises `OperationError(no-leader)`. `catch_up()`
-        brings this peer's state up to what the coordinator has answered, if that can be had soon."""
+        """`leader(timeout)` gives the coordinator's id, or raises `OperationError`. `catch_up()` brings this
+        peer's state up to what the coordinator has answered, if that can be had soon."""
         self._own = own
         self._leader = leader
         self._catch_up = catch_up

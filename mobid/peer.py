@@ -70,6 +70,7 @@ KNOWN = "mesh.json"
 CATALOG = "catalog"
 LEAVE_TIMEOUT = 30.0
 ADVERTISE_TIMEOUT = 15.0
+ADVERTISE_PAUSE = 1.0
 SHUTDOWN_TIMEOUT = 60.0
 FAREWELL = 0.3
 KNOWN_PAUSE = 5.0
@@ -434,8 +435,9 @@ class Peer:
                 return
             except OperationError as error:
                 log.warning("peer.not.told", reason=error.message)
-                if error.code != "no-leader":
+                if error.code not in ("no-leader", "no-majority"):
                     return
+            await trio.sleep(ADVERTISE_PAUSE)
 
     def end(self) -> None:
         """End the peer; its guests go on."""

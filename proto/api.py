@@ -27,6 +27,7 @@ ErrorCode = Literal[
     "unreachable",
     "no-room",
     "no-leader",
+    "no-majority",
     "conflict",
     "timeout",
     "failed",

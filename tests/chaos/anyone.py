@@ -18,7 +18,7 @@ from tests.chaos.hosts import Hosts
 
 PAUSE = 0.1
 ATTEMPT = 60.0
-PASSING = frozenset({"unreachable", "no-leader", "timeout"})
+PASSING = frozenset({"unreachable", "no-leader", "no-majority", "timeout"})
 """Codes after which another peer may know better."""
 
 

@@ -95,7 +95,7 @@ class Split:
                 self.trouble.append(f"the minority did {op}")
             except OperationError as error:
                 self.refusals.append(f"{op}: {error.message}")
-                if error.code != "no-leader" or not any(name in error.message for name in MANY):
+                if error.code != "no-majority" or not any(name in error.message for name in MANY):
                     self.trouble.append(
                         f"the minority's refusal of {op} does not say who is missing: {error}"
                     )
