@@ -10,6 +10,10 @@ network coordinate system*, SIGCOMM 2004, figure 3 and §5.4), with an adaptive 
 
 One sample may be an outlier (a busy host, a lost packet): the median of a peer's last three is what moves the
 coordinate (Ledlie, Gardner and Seltzer, *Network coordinates in the wild*, NSDI 2007).
+
+Places spread beyond those who measured them, so that a peer can estimate its distance to one it never spoke
+to. A place is only as good as the measurements behind it; each peer keeps an account of its own error, and an
+estimate counts once both errors are small.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ LONGEST = 10.0
 """Seconds; a longer round trip is a stopped process, not a distance."""
 
 SAMPLES = 3
+
+SETTLED = 0.2
+"""A place whose expected relative error is at most this may be used for an estimate."""
 
 
 class Coordinate(NamedTuple):
@@ -61,14 +68,13 @@ class Vivaldi:
     def __init__(self, rng: random.Random) -> None:
         self.coordinate = Coordinate()
         self._rng = rng
-        self._places: dict[str, Coordinate] = {}
+        self._places: dict[str, tuple[Coordinate, float]] = {}
         self._samples: dict[str, tuple[float, ...]] = {}
 
     def observe(self, peer: str, place: Coordinate, rtt: float) -> None:
         """A round trip to `peer`, which says it is at `place`, took `rtt` seconds."""
         if not place.sound or not 0.0 < rtt <= LONGEST:
             return
-        self._places[peer] = place
         samples = (*self._samples.get(peer, ()), rtt)[-SAMPLES:]
         self._samples[peer] = samples
         self._move(place, sorted(samples)[len(samples) // 2])
@@ -93,8 +99,14 @@ class Vivaldi:
         # A peer that was told rubbish until it is far outside begins again in the middle.
         self.coordinate = moved if moved.sound else Coordinate()
 
-    def place(self, peer: str) -> Coordinate | None:
-        """Where `peer` last said it is."""
+    def hear(self, peer: str, place: Coordinate, at: float) -> None:
+        """At `at` (own clock) `peer` said that it is at `place`, perhaps to somebody else."""
+        known = self._places.get(peer)
+        if place.sound and (known is None or known[1] < at):
+            self._places[peer] = place, at
+
+    def place(self, peer: str) -> tuple[Coordinate, float] | None:
+        """Where `peer` last said it is, and when; None if that was never heard."""
         return self._places.get(peer)
 
     def measured(self, peer: str) -> float | None:
@@ -103,13 +115,15 @@ class Vivaldi:
         return sorted(samples)[len(samples) // 2] if samples else None
 
     def rtt(self, peer: str) -> float | None:
-        """What a round trip to `peer` takes: measured, else estimated; None if nothing is known."""
-        return self.measured(peer)
-
-    def between(self, a: str, b: str) -> float | None:
-        """The estimated round trip between two other peers; None if one has not told its place."""
-        first, second = self._places.get(a), self._places.get(b)
-        return None if first is None or second is None else estimate(first, second)
+        """What a round trip to `peer` takes: measured, else estimated from places that are settled; None if
+        neither can be had."""
+        measured = self.measured(peer)
+        if measured is not None or peer not in self._places:
+            return measured
+        place, _ = self._places[peer]
+        if max(place.error, self.coordinate.error) > SETTLED:
+            return None
+        return estimate(self.coordinate, place)
 
     def forget(self, peer: str) -> None:
         """`peer` is no member any more."""

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packets of the membership as bytes (version 1 of the protocol).
 
-A kind, the kind's own fields, the number of claims, the claims; all numbers big-endian. The formats are
-fixed, so that the size of a packet is known before it is made (`packets.packet_size`). Whoever sends is a
-member, but perhaps one with a mistake: every byte is checked, and nothing may follow the last claim.
+A kind, the kind's own fields, the number of claims, the claims, and in a `Sync` the number of places and the
+places; all numbers big-endian. The formats are fixed, so that the size of a packet is known before it is made
+(`packets.packet_size`). Whoever sends is a member, but perhaps one with a mistake: every byte is checked, and
+nothing may follow the last claim or place.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 from proto.swim.packets import (
     META_LIMIT,
@@ -19,6 +21,7 @@ from proto.swim.packets import (
     Packet,
     Ping,
     PingFor,
+    Placed,
     Reach,
     Sync,
 )
@@ -34,6 +37,7 @@ _NACK = struct.Struct("!I")
 _SYNC = struct.Struct("!B")
 _NOTHING = struct.Struct("")
 _CLAIM = struct.Struct("!8sBQ")
+_PLACED = struct.Struct(f"!8sH{DIMENSIONS + 2}f")
 
 _BODIES = {1: _PING, 2: _ACK, 3: _PING_FOR, 4: _NACK, 5: _NOTHING, 6: _SYNC}
 
@@ -41,7 +45,10 @@ _BODIES = {1: _PING, 2: _ACK, 3: _PING_FOR, 4: _NACK, 5: _NOTHING, 6: _SYNC}
 def encode(packet: Packet) -> bytes:
     """The bytes of a packet."""
     claims = b"".join(map(_encode_claim, packet.claims))
-    return _head(packet) + bytes((len(packet.claims),)) + claims
+    data = _head(packet) + bytes((len(packet.claims),)) + claims
+    if isinstance(packet, Sync):
+        return data + bytes((len(packet.places),)) + b"".join(map(_encode_placed, packet.places))
+    return data
 
 
 def _head(packet: Packet) -> bytes:
@@ -67,6 +74,11 @@ def _encode_claim(claim: Claim) -> bytes:
     return head + bytes.fromhex(claim.by)
 
 
+def _encode_placed(placed: Placed) -> bytes:
+    place = placed.place
+    return _PLACED.pack(bytes.fromhex(placed.peer), placed.age, *place.vector, place.height, place.error)
+
+
 def decode(data: bytes) -> Packet:
     """The packet in `data`; raises `WireError`."""
     body = _BODIES.get(data[0]) if data else None
@@ -74,19 +86,26 @@ def decode(data: bytes) -> Packet:
         raise WireError("gossip of an unknown kind")
     try:
         fields = body.unpack_from(data, 1)
-        claims = _claims(data, 1 + body.size)
-        return _packet(data[0], fields, claims)
+        claims, end = _claims(data, 1 + body.size)
+        places, end = _places(data, end) if body is _SYNC else ((), end)
+        if end != len(data):
+            raise WireError("gossip with rubbish behind it")
+        return _packet(data[0], fields, claims, places)
     except (struct.error, IndexError, OverflowError):
         raise WireError("gossip that is cut off") from None
 
 
-def _packet(kind: int, fields: tuple[int | float | bytes, ...], claims: tuple[Claim, ...]) -> Packet:
+def _packet(
+    kind: int,
+    fields: tuple[int | float | bytes, ...],
+    claims: tuple[Claim, ...],
+    places: tuple[Placed, ...],
+) -> Packet:
     match kind, fields:
         case 1, (int(number), int(state), int(incarnation)):
             return Ping(number, _state(state), incarnation, claims)
         case 2, (int(number), *place):
-            *vector, height, error = (float(part) for part in place)
-            return Ack(number, Coordinate(tuple(vector), height, error), claims)
+            return Ack(number, _coordinate(place), claims)
         case 3, (int(number), bytes(target), int(wait)):
             return PingFor(number, target.hex(), wait, claims)
         case 4, (int(number),):
@@ -94,7 +113,7 @@ def _packet(kind: int, fields: tuple[int | float | bytes, ...], claims: tuple[Cl
         case 5, ():
             return Gossip(claims)
         case 6, (int(ask),):
-            return Sync(bool(ask), claims)
+            return Sync(bool(ask), claims, places)
     raise WireError("gossip of an unknown kind")
 
 
@@ -104,7 +123,13 @@ def _state(number: int) -> Reach:
     return STATES[number]
 
 
-def _claims(data: bytes, place: int) -> tuple[Claim, ...]:
+def _coordinate(fields: Iterable[int | float | bytes]) -> Coordinate:
+    *vector, height, error = (float(part) for part in fields)
+    return Coordinate(tuple(vector), height, error)
+
+
+def _claims(data: bytes, place: int) -> tuple[tuple[Claim, ...], int]:
+    """The claims that begin at `place`, and where they end."""
     count = data[place]
     place += 1
     claims = []
@@ -121,6 +146,13 @@ def _claims(data: bytes, place: int) -> tuple[Claim, ...]:
             claims.append(Claim(peer.hex(), state, incarnation, meta=rest[1:]))
         else:
             claims.append(Claim(peer.hex(), state, incarnation, rest.hex()))
-    if place != len(data):
-        raise WireError("gossip with rubbish behind it")
-    return tuple(claims)
+    return tuple(claims), place
+
+
+def _places(data: bytes, place: int) -> tuple[tuple[Placed, ...], int]:
+    """The places that begin at `place`, and where they end."""
+    end = place + 1 + data[place] * _PLACED.size
+    if end > len(data):
+        raise WireError("gossip that is cut off")
+    found = _PLACED.iter_unpack(data[place + 1 : end])
+    return tuple(Placed(peer.hex(), age, _coordinate(fields)) for peer, age, *fields in found), end

@@ -29,10 +29,12 @@ from proto.swim.packets import (
     ACK_BASE,
     GOSSIP_BASE,
     LIMIT,
+    MOST_AGE,
     MOST_CLAIMS,
     NACK_BASE,
     PING_BASE,
     PING_FOR_BASE,
+    PLACED_SIZE,
     SYNC_BASE,
     Ack,
     Claim,
@@ -41,6 +43,7 @@ from proto.swim.packets import (
     Packet,
     Ping,
     PingFor,
+    Placed,
     Sync,
     claim_size,
 )
@@ -336,12 +339,14 @@ class Swim:
                 self.vivaldi.observe(peer, ack.place, now - sent)
             elif peer not in probe.helpers:
                 return
+            self.vivaldi.hear(probe.target, ack.place, now)
             self._probes.end(probe)
             self._awareness.note(-1)
             return
         relay = self._probes.relay(ack.number)
         if relay is not None and relay.target == peer:
             self._probes.take_relay(ack.number)
+            self.vivaldi.hear(peer, ack.place, now)
             news = self._beliefs.news.take(LIMIT - ACK_BASE)
             self._send(relay.asker, Ack(relay.number, ack.place, news))
 
@@ -381,35 +386,48 @@ class Swim:
             self._tell_everything(peer, now, ask=True)
 
     def _synchronised(self, peer: str, sync: Sync, now: float) -> None:
+        for placed in sync.places:
+            if placed.peer != self.own and placed.peer in self._beliefs.roster.known:
+                self.vivaldi.hear(placed.peer, placed.place, now - placed.age)
         if not sync.ask:
             self._synced = True
         elif now >= self._answer_free:
             self._answer_free = now + SYNC_PAUSE
-            self._send_everything(peer, ask=False)
+            self._send_everything(peer, now, ask=False)
 
     def _tell_everything(self, peer: str, now: float, *, ask: bool) -> None:
         if now >= self._sync_free:
             self._sync_free = now + SYNC_PAUSE
-            self._send_everything(peer, ask=ask)
+            self._send_everything(peer, now, ask=ask)
 
-    def _send_everything(self, peer: str, *, ask: bool) -> None:
+    def _send_everything(self, peer: str, now: float, *, ask: bool) -> None:
         """As much as fits into the packets allowed at once; the next time what comes behind it."""
         everything = list(self._beliefs.everything())
         start = self._told if self._told < len(everything) else 0
-        parts: list[list[Claim]] = [[]]
+        parts: list[tuple[list[Claim], list[Placed]]] = [([], [])]
         room = LIMIT - SYNC_BASE
         for place in range(len(everything)):
             claim = everything[(start + place) % len(everything)]
-            size = claim_size(claim)
-            if size > room or len(parts[-1]) == MOST_CLAIMS:
+            placed = self._placed(claim.peer, now) if claim.state == "alive" else None
+            size = claim_size(claim) + (PLACED_SIZE if placed else 0)
+            if size > room or len(parts[-1][0]) == MOST_CLAIMS:
                 if len(parts) == self._settings.sync_packets:
                     self._told = (start + place) % len(everything)
                     break
-                parts.append([])
+                parts.append(([], []))
                 room = LIMIT - SYNC_BASE
-            parts[-1].append(claim)
+            parts[-1][0].append(claim)
+            parts[-1][1].extend([placed] if placed else [])
             room -= size
         else:
             self._told = 0
-        for number, part in enumerate(parts):
-            self._send(peer, Sync(ask and number == len(parts) - 1, tuple(part)))
+        for number, (claims, places) in enumerate(parts):
+            self._send(peer, Sync(ask and number == len(parts) - 1, tuple(claims), tuple(places)))
+
+    def _placed(self, peer: str, now: float) -> Placed | None:
+        """Where a member is, to be told; rounded so that hearsay never looks newer than it is."""
+        if peer == self.own:
+            return Placed(peer, 0, self.vivaldi.coordinate)
+        place, heard = self.vivaldi.place(peer) or (None, 0.0)
+        age = math.ceil(now - heard)
+        return Placed(peer, age, place) if place is not None and age <= MOST_AGE else None

@@ -40,8 +40,10 @@ ACK_BASE = 6 + 4 * 6
 PING_FOR_BASE = 16
 NACK_BASE = 6
 GOSSIP_BASE = 2
-SYNC_BASE = 3
+SYNC_BASE = 4
+PLACED_SIZE = 10 + 4 * 6
 MOST_CLAIMS = 255
+MOST_AGE = 0xFFFF
 
 
 class Claim(NamedTuple):
@@ -53,6 +55,14 @@ class Claim(NamedTuple):
     incarnation: int
     by: str = ""
     meta: bytes = b""
+
+
+class Placed(NamedTuple):
+    """That `peer` is at `place` in the space of network coordinates, by its own word `age` seconds ago."""
+
+    peer: str
+    age: int
+    place: Coordinate
 
 
 def claim_size(claim: Claim) -> int:
@@ -111,10 +121,12 @@ class Gossip:
 
 @dataclass(frozen=True, slots=True)
 class Sync:
-    """A part of everything the sender knows; `ask`: tell me what you know too."""
+    """A part of everything the sender knows, with the places of those who are alive; `ask`: tell me what you
+    know too."""
 
     ask: bool
     claims: tuple[Claim, ...] = ()
+    places: tuple[Placed, ...] = ()
 
 
 Packet = Ping | Ack | PingFor | Nack | Gossip | Sync
@@ -132,4 +144,5 @@ BASES: dict[type[Packet], int] = {
 def packet_size(packet: Packet) -> int:
     """Bytes of the packet without its envelope, as `codec.encode` makes them."""
     claims = packet.claims
-    return BASES[type(packet)] + (sum(map(claim_size, claims)) if claims else 0)
+    size = BASES[type(packet)] + (sum(map(claim_size, claims)) if claims else 0)
+    return size + PLACED_SIZE * len(packet.places) if isinstance(packet, Sync) else size

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from typing import Any
 
 import pytest
 
 from proto.swim.beliefs import Beliefs
+from proto.swim.events import SetMeta
 from proto.swim.machine import Swim
 from proto.swim.packets import Claim
 from tests.sim.run import replay_command
@@ -91,3 +94,50 @@ def test_a_crash_is_known_to_all_within_the_bound_and_nobody_else_dies(loss: flo
     world.run(60.0)
     dead = {(seer, peer) for _, seer, peer, state in world.turned if state == "dead"}
     assert dead == {(host.id, victim.id) for host in world.up}
+
+
+class Plane:
+    """`count` members on a plane of 100 ms by 100 ms, each with an access delay of 1 to 10 ms."""
+
+    def __init__(self, count: int) -> None:
+        rng = random.Random(5)
+        self.world = World(3, count, loss=0.02)
+        places = {id: (rng.random() / 10, rng.random() / 10) for id in self.world.roster.ids}
+        access = {id: 0.001 + 0.009 * rng.random() for id in places}
+        self.rtt = {
+            (a, b): math.dist(places[a], places[b]) + access[a] + access[b] for a in places for b in places
+        }
+        self.world.delay = lambda a, b: self.rtt[a.id, b.id] / 2 * (0.95 + 0.1 * rng.random())
+        for host in self.world.up:
+            self.world.tell(host, SetMeta(b"here"))
+
+    def wrong(self) -> list[float]:
+        """The relative error of every estimate of a pair that was never measured."""
+        found = []
+        for host, peer in itertools.product(self.world.up, self.world.roster.ids):
+            assert host.machine is not None
+            rtt, measured = host.machine.vivaldi.rtt(peer), host.machine.vivaldi.measured(peer)
+            if rtt is not None and measured is None:
+                truth = self.rtt[host.id, peer]
+                found.append(abs(rtt - truth) / truth)
+        return found
+
+
+def test_members_know_how_far_those_are_that_they_never_measured() -> None:
+    plane = Plane(100)
+    plane.world.run(3.0)
+    assert plane.wrong() == [], "nobody can know yet"
+    plane.world.run(80.0)
+    wrong = sorted(plane.wrong())
+    assert len(wrong) > 100
+    assert wrong[len(wrong) // 2] < 0.15
+    assert wrong[len(wrong) * 9 // 10] < 0.6
+
+
+def test_two_that_never_reach_one_another_know_by_others_how_far_they_are() -> None:
+    plane = Plane(12)
+    one, two = plane.world.up[:2]
+    one.deaf_to, two.deaf_to = frozenset({two.id}), frozenset({one.id})
+    plane.world.run(200.0)
+    assert len(plane.wrong()) == 2
+    assert max(plane.wrong()) < 0.3

@@ -28,6 +28,7 @@ from proto.swim.packets import (
     Packet,
     Ping,
     PingFor,
+    Placed,
     Sync,
     packet_size,
 )
@@ -42,13 +43,14 @@ CLAIMS = (
     Claim(C, "dead", 0, B),
     Claim(C, "alive", 1),
 )
+THERE = Coordinate((0.5, -0.25, 0.0, 9.0), 0.125, 1.5)
 PACKETS: list[Packet] = [
     Ping(1, "suspect", 2**63, CLAIMS),
     Ack(2**32 - 1, Coordinate((0.5, -0.25, 0.0, 1.0), 0.125, 1.5), CLAIMS),
     PingFor(3, B, 65535, CLAIMS),
     Nack(4),
     Gossip(CLAIMS),
-    Sync(ask=True, claims=CLAIMS),
+    Sync(ask=True, claims=CLAIMS, places=(Placed(A, 0, THERE), Placed(B, 65535, THERE))),
     Sync(ask=False),
 ]
 

@@ -23,6 +23,7 @@ from proto.swim.packets import (
     Packet,
     Ping,
     PingFor,
+    Placed,
     Reach,
     Sync,
     claim_size,
@@ -417,6 +418,62 @@ def test_a_large_exchange_is_bounded_and_goes_on_where_it_ended() -> None:
         told |= {claim.peer for claim in claims(sent)}
         assert turn > 0 or len(told) < 4001
     assert told == {OWN, *others}
+
+
+# Places.
+
+SURE = Coordinate((0.01, 0.0, 0.0, 0.0), 0.001, 0.1)
+AWAY = Coordinate((0.21, 0.0, 0.0, 0.0), 0.001, 0.1)
+
+
+def sure(*others: str, settings: Settings = SETTINGS) -> Rig:
+    """A member that has found its place, near `SURE`."""
+    rig = Rig(*others, settings=settings)
+    while rig.machine.vivaldi.coordinate.error > 0.2:
+        rig.machine.vivaldi.observe(A, SURE, 0.01)
+    return rig
+
+
+def test_an_exchange_tells_where_the_alive_are_and_how_old_that_is() -> None:
+    rig = sure(A, B, C, D)
+    rig.hear(A, Gossip((Claim(B, "alive", 1), Claim(C, "alive", 1), Claim(D, "dead", 0, A))))
+    rig.hear(A, Sync(ask=False, places=(Placed(B, 7, AWAY), Placed(D, 7, AWAY), Placed("f" * 16, 0, AWAY))))
+    rig.now += 2.5
+    ((_, sync),) = of(Sync, rig.hear(A, Sync(ask=True)))
+    assert isinstance(sync, Sync)
+    assert set(sync.places) == {Placed(OWN, 0, rig.machine.vivaldi.coordinate), Placed(B, 10, AWAY)}
+
+
+def test_nobody_is_told_where_oneself_or_a_stranger_is() -> None:
+    rig = sure(A, B)
+    rig.hear(A, Sync(ask=False, places=(Placed(OWN, 0, AWAY), Placed(C, 0, AWAY))))
+    assert rig.machine.vivaldi.place(OWN) is None
+    assert rig.machine.vivaldi.place(C) is None
+
+
+def test_a_member_that_only_helpers_reach_is_placed_by_its_answer_to_them() -> None:
+    rig = sure(A, B)
+    while True:
+        target, ping = first_ping(rig)
+        if target == B:
+            break
+        rig.hear(A, Ack(ping.number, SURE))
+    rig.until(rig.now + SETTINGS.timeout)
+    rig.hear(A, Ack(ping.number, AWAY))
+    assert rig.machine.vivaldi.measured(B) is None
+    assert rig.machine.vivaldi.rtt(B) == pytest.approx(0.2, rel=0.2)
+
+
+def test_a_probe_of_a_far_member_that_was_never_measured_is_as_patient_as_of_one_that_was() -> None:
+    rig = sure(A, B)
+    rig.hear(A, Sync(ask=False, places=(Placed(B, 0, AWAY),)))
+    estimate = rig.machine.vivaldi.rtt(B)
+    assert estimate is not None
+    assert rig.machine.vivaldi.measured(B) is None
+    while (pinged := first_ping(rig))[0] != B:
+        rig.hear(A, Ack(pinged[1].number, SURE))
+    assert of(PingFor, rig.until(rig.now + 2.9 * estimate)) == []
+    assert of(PingFor, rig.until(rig.now + 0.2 * estimate)) != []
 
 
 # The own health.

@@ -9,7 +9,7 @@ import statistics
 
 import pytest
 
-from proto.vivaldi import DIMENSIONS, LEAST_HEIGHT, MOST_ERROR, Coordinate, Vivaldi, estimate
+from proto.vivaldi import DIMENSIONS, LEAST_HEIGHT, MOST_ERROR, SETTLED, Coordinate, Vivaldi, estimate
 
 
 def spread(rtts: list[list[float]], rounds: int, noise: float = 0.0) -> list[Vivaldi]:
@@ -104,11 +104,45 @@ def test_peers_at_the_same_place_are_pushed_apart() -> None:
     assert estimate(peer.coordinate, Coordinate()) > 0.01
 
 
-def test_others_are_estimated_from_what_they_said_until_they_are_forgotten() -> None:
+NEAR = Coordinate((0.0,) * DIMENSIONS, 0.001, 0.1)
+FAR = Coordinate((0.1, 0.0, 0.0, 0.0), 0.001, 0.1)
+
+
+def settled() -> Vivaldi:
+    """A peer that is sure to be near `NEAR`."""
     peer = Vivaldi(random.Random(1))
-    peer.observe("a", Coordinate((0.1, 0.0, 0.0, 0.0), 0.001), 0.1)
-    peer.observe("b", Coordinate((0.0, 0.0, 0.0, 0.0), 0.001), 0.1)
-    assert peer.between("a", "b") == pytest.approx(0.102)
-    assert peer.between("a", "c") is None
+    while peer.coordinate.error > SETTLED:
+        peer.observe("a", NEAR, 0.01)
+    return peer
+
+
+def test_a_peer_never_measured_is_estimated_by_where_it_is_said_to_be_until_it_is_forgotten() -> None:
+    peer = settled()
+    assert peer.rtt("b") is None
+    peer.hear("b", FAR, 5.0)
+    assert peer.rtt("b") == estimate(peer.coordinate, FAR)
+    assert peer.rtt("b") == pytest.approx(0.1, rel=0.2)
+    peer.observe("b", FAR, 0.3)
+    assert peer.rtt("b") == 0.3, "what was measured counts"
     peer.forget("b")
-    assert peer.between("a", "b") is None
+    assert peer.rtt("b") is None
+
+
+def test_a_place_that_is_not_sure_yet_is_no_estimate() -> None:
+    peer = settled()
+    peer.hear("b", FAR._replace(error=2 * SETTLED), 5.0)
+    assert peer.rtt("b") is None
+    new = Vivaldi(random.Random(1))
+    new.hear("b", FAR, 5.0)
+    assert new.rtt("b") is None
+
+
+def test_of_two_words_where_a_peer_is_the_newer_counts_however_late_the_other_comes() -> None:
+    peer = settled()
+    peer.hear("b", FAR, 5.0)
+    peer.hear("b", NEAR, 4.0)
+    assert peer.place("b") == (FAR, 5.0)
+    peer.hear("b", NEAR, 6.0)
+    assert peer.place("b") == (NEAR, 6.0)
+    peer.hear("b", Coordinate((math.nan,) * DIMENSIONS), 7.0)
+    assert peer.place("b") == (NEAR, 6.0)
