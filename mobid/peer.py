@@ -265,6 +265,7 @@ class Peer:
                 nursery.start_soon(self.standing.run)
                 nursery.start_soon(self._keep_known)
                 nursery.start_soon(self._report_leaders)
+                nursery.start_soon(self._report_who_left)
                 self.events.emit("peer.started", version=version())
                 await self._settle()
                 self._composed.set()
@@ -427,6 +428,13 @@ class Peer:
             )
             term = self.catalog.leadership.term
             self.events.emit("leader.elected", name=self.name, term=term)
+
+    async def _report_who_left(self) -> None:
+        """While this peer coordinates: nobody asks a peer that has left for its events any more."""
+        async for _, proposal, state in self.catalog.changes():
+            entry = proposal.entry if proposal else None
+            if isinstance(entry, entries.RemovePeer) and not entry.force and self.catalog.leads:
+                self.events.emit("peer.left", name=state.peer_name(entry.peer))
 
     async def _tell(self, entry: entries.Entry) -> None:
         while True:

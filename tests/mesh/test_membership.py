@@ -176,6 +176,8 @@ async def test_a_peer_leaves(mesh: Mesh) -> None:
     with pytest.raises(OperationError, match="is the only peer of its mesh"):
         await tokyo.ask("peer.leave")
     assert [row["state"] for row in await tokyo.ask("peer.ls")] == ["alive", "left"]
+    gone = [event for event in await collect(tokyo, "events") if event["kind"] == "peer.left"]
+    assert [(event["peer"], event["name"]) for event in gone] == [("tokyo", "virginia")]
 
 
 async def test_a_key_that_joins_again_is_believed_once_it_has_caught_up(mesh: Mesh) -> None:
@@ -202,6 +204,11 @@ async def test_a_running_peer_that_is_alone_joins_another_mesh(mesh: Mesh) -> No
     await tokyo.knows(2)
     await virginia.knows(2)
     assert await virginia.address() == before
+    events = await collect(tokyo, "events")
+    assert [event["peer"] for event in events if event["kind"] == "mesh.founded"] == ["tokyo"]
+    assert {event["peer"] for event in events} == {"tokyo", "virginia"}
+    own = [event for event in events if event["peer"] == "virginia"]
+    assert own[0]["kind"] == "mesh.joined", "what was in the mesh that it gave up is no matter of this one"
     with pytest.raises(OperationError, match="is a member of that mesh already"):
         await virginia.ask("peer.join", token=await tokyo.token())
     with pytest.raises(OperationError, match="has a mesh of its own"):

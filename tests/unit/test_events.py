@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
+import structlog.testing
 import trio
 import trio.testing
 
@@ -77,4 +79,58 @@ async def test_a_reader_goes_on_from_memory_or_disk(tmp_path: Path, monkeypatch:
         await trio.testing.wait_all_tasks_blocked()
         log.emit("test", number=30)
     assert [event["number"] for event in log.newer(position)[0]] == [30]
+    log.close()
+
+
+def kinds(log: Events) -> list[str]:
+    return [event["kind"] for event in log.since(None)]
+
+
+def test_what_was_before_the_present_mesh_is_not_told(tmp_path: Path) -> None:
+    log = Events(tmp_path / "e", OWN, "tokyo", HybridClock())
+    log.emit("mesh.founded", mesh="a" * 16)
+    log.emit("leader.elected")
+    assert kinds(log) == ["mesh.founded", "leader.elected"]
+    log.emit("mesh.joined", mesh="b" * 16)
+    assert kinds(log) == [event["kind"] for event in log.newer(0)[0]] == ["mesh.joined"]
+    log.close()
+    again = Events(tmp_path / "e", OWN, "tokyo", HybridClock())
+    again.emit("peer.started")
+    assert kinds(again) == ["mesh.joined", "peer.started"]
+    again.emit("mesh.joined", mesh="b" * 16)
+    assert kinds(again) == ["mesh.joined", "peer.started", "mesh.joined"], "back in the same mesh"
+    assert b"mesh.founded" in (tmp_path / "e").read_bytes(), "who looks for it finds it"
+    again.close()
+
+
+def test_an_event_that_cannot_be_written_is_told_and_complained_of_once_per_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Events(tmp_path / "e", OWN, "tokyo", HybridClock())
+    healthy, said = log._write, structlog.testing.capture_logs
+
+    def full(_line: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with said() as entries:
+        for write in (full, full, healthy, full, full):
+            monkeypatch.setattr(log, "_write", write)
+            log.emit("test")
+    assert [entry["event"] for entry in entries] == ["events.not.written", "events.not.written"]
+    assert "No space left" in entries[0]["reason"]
+    assert len(log.newer(0)[0]) == 5
+    log.close()
+
+
+def test_a_file_that_cannot_be_rotated_now_is_rotated_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "LIMIT", 400)
+    log = Events(tmp_path / "e", OWN, "tokyo", HybridClock())
+    (tmp_path / "e.1").mkdir()
+    for number in range(10):
+        log.emit("test", number=number)
+    (tmp_path / "e.1").rmdir()
+    log.emit("test", number=10)
+    assert next(reversed(list(log.since(None))))["number"] == 10
     log.close()
