@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli import ROOT, TIMEOUT, Cli, clean, home
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -206,7 +207,7 @@ def test_up_brings_a_killed_peer_back_and_leaves_the_others(cli: Cli) -> None:
     after = {peer["name"]: peer for peer in cli.json("up")["peers"]}
     assert after["peer1"] == before["peer1"]
     assert after["peer2"]["pid"] not in (0, before["peer2"]["pid"])
-    assert [row["state"] for row in cli.json("peer", "ls")] == ["alive", "alive"]
+    wait_for(lambda: [row["state"] for row in cli.json("peer", "ls")] == ["alive", "alive"])
     os.kill(after["peer2"]["pid"], signal.SIGKILL)
     (cli.dir / "peer2" / "format").write_text("99\n")
     assert "peer2 ended while starting" in cli.error("up")["message"]
