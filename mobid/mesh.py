@@ -98,7 +98,6 @@ class Mesh:
             "xsave_size": member.facts.xsave_size,
             "joined": member.joined,
             "gossip": member.gossip,
-            "draining": member.draining,
             "guest_names": sorted(guest.key for guest in state.guests_of(member.id)),
         }
 
@@ -115,6 +114,7 @@ class Mesh:
             "state": sight.state if member.status == "member" else "left",
             "rtt_ms": None if sight.rtt is None else round(sight.rtt * 1000, 3),
             "voter": member.id in self._catalog.voters,
+            "draining": member.draining,
             "guests": len(state.guests_of(member.id)),
             "memory_free": last.get("memory_free"),
             "cpu_features": list(member.facts.cpu_features),
@@ -282,7 +282,11 @@ class Mesh:
 
     @operation("peer.evict", role="admin", args=api.PeerArguments)
     async def evict(self, request: Request, args: api.PeerArguments) -> dict[str, Any]:
-        """A member's key opens nothing any more; its guests are lost."""
+        """A member's key opens nothing any more.
+
+        Its guests are lost; a lease-bound one that runs is fenced, and started anew elsewhere once the lease
+        is out by every clock.
+        """
         if self._catalog.applied(step(request)) is None:
             member = self._catalog.state.find_peer(args.peer)
             await self.release(member)

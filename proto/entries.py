@@ -275,7 +275,7 @@ class DrainPeer(Entry):
 
 class RemovePeer(Entry):
     """A peer left or was evicted: its key opens nothing any more. Refused while it owns guests, unless
-    `force` (its guests are then lost)."""
+    `force` (they are then lost; those that are lease-bound and run are fenced, and go to another peer)."""
 
     kind: Literal["remove-peer"] = "remove-peer"
     peer: str

@@ -34,6 +34,7 @@ COLUMNS = (
     Column("ADDRESS", "address"),
     Column("RTT", "rtt_ms", tables.milliseconds, right=True),
     Column("VOTER", "voter", tables.yes),
+    Column("DRAINING", "draining", tables.yes),
     Column("GUESTS", "guests", right=True),
     Column("FREE", "memory_free", tables.size, right=True),
 )
@@ -132,7 +133,11 @@ def leave(session: Session) -> None:
 
 @command(app, "evict")
 def evict(session: Session, peer_name: PeerArgument) -> None:
-    """Take a peer's key out of the mesh for good; its guests are lost."""
+    """Take a peer's key out of the mesh for good.
+
+    Its guests are lost, but those with on-partition: freeze that run are started anew elsewhere, from their
+    image, once the peer's lease is out.
+    """
     row = session.call("peer.evict", build(api.PeerArguments, "peer.evict", peer=peer_name))
     session.show(row, f"{peer_name}: evicted")
 

@@ -29,7 +29,7 @@ async def test_a_mesh_of_one_works_at_once(mesh: Mesh) -> None:
     assert (leader["leader"], leader["voters"], leader["missing"]) == ("tokyo", ["tokyo"], {})
     assert leader["term"] >= 1
     (row,) = await tokyo.ask("peer.ls")
-    keys = "peer name site address state rtt_ms voter guests memory_free cpu_features version"
+    keys = "peer name site address state rtt_ms voter draining guests memory_free cpu_features version"
     assert set(row) == set(keys.split())
     assert await tokyo.end() == 0
 

@@ -64,6 +64,21 @@ def test_options_stand_before_or_behind_the_command_or_in_the_environment(mesh: 
     assert before["name"] == behind["name"] == environment["name"] == "peer2"
 
 
+def test_who_drains_is_shown(mesh: Cli) -> None:
+    assert [row["draining"] for row in mesh.json("peer", "ls")] == [False, False]
+    try:
+        mesh("peer", "drain", "peer2")
+        assert {row["name"]: row["draining"] for row in mesh.json("peer", "ls")} == {
+            "peer1": False,
+            "peer2": True,
+        }
+        heading, *lines = mesh("peer", "ls").stdout.splitlines()
+        place = heading.index("DRAINING")
+        assert [line[place : place + 3].strip() for line in lines] == ["", "yes"]
+    finally:
+        mesh("peer", "drain", "peer2", "--undo")
+
+
 def test_quiet_says_nothing(mesh: Cli) -> None:
     done = mesh("peer", "ls", "--quiet")
     assert (done.stdout, done.stderr) == ("", "")
