@@ -5,8 +5,8 @@ it has. Nothing that the stale copy says is accepted anywhere, and it is fenced.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from proto.api import OperationError
 from tests.built import missing
 from tests.guest.beats import BEAT, Beats, heard, speak
 from tests.guest.faults import held
+from tests.guest.freezer import Version, freezer, unfit
 from tests.guest.hosts import everything, go_on, guests_processes, stop
 from tests.guest.peers import PeerProcess, eventually
 from tests.guest.witness import joined
@@ -45,7 +46,7 @@ PAIR: Row = {
 }
 MOMENT = 2.0
 """Seconds in which a host that wakes up may not have looked at its lease yet; other builds run meanwhile."""
-FREEZER = Path("/sys/fs/cgroup/freezer")
+VERSIONS: tuple[Version, ...] = ("v1", "v2")
 
 
 @pytest.fixture
@@ -178,44 +179,18 @@ async def identity_of(peer: PeerProcess) -> list[Row]:
     return list(row["interfaces"])
 
 
-@contextmanager
-def frozen_cgroup(name: str, pids: list[int]) -> Iterator[None]:
-    """These processes stand still, all at one instant, as long as the block lasts (cgroup v1's freezer)."""
-    group = FREEZER / name
-    group.mkdir()
-    try:
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                (group / "cgroup.procs").write_text(str(pid))
-        (group / "freezer.state").write_text("FROZEN")
-        yield
-    finally:
-        (group / "freezer.state").write_text("THAWED")
-        for line in (group / "cgroup.procs").read_text().splitlines():
-            with suppress(OSError):
-                (FREEZER / "cgroup.procs").write_text(line)
-        with suppress(OSError):
-            group.rmdir()
-
-
-def no_freezer() -> str:
-    """Why no cgroup can be frozen here; empty if it can."""
-    try:
-        trial = FREEZER / "mobi-trial"
-        trial.mkdir()
-        trial.rmdir()
-    except OSError as error:
-        return f"no cgroup with a freezer can be made below {FREEZER}: {error.strerror}"
-    return ""
-
-
-@pytest.mark.skipif(bool(no_freezer()), reason=no_freezer())
-async def test_a_frozen_host_wakes_up_stale(mesh: list[PeerProcess], beats: Beats) -> None:
+@pytest.mark.parametrize(
+    "version",
+    [pytest.param(v, marks=pytest.mark.skipif(bool(unfit(v)), reason=unfit(v))) for v in VERSIONS],
+)
+async def test_a_frozen_host_wakes_up_stale(mesh: list[PeerProcess], beats: Beats, version: Version) -> None:
     """All processes of the host in one cgroup, frozen and thawed at once."""
     tokyo, virginia, _ = mesh
     await begin(mesh, beats)
     assert virginia.process is not None
-    with frozen_cgroup(f"mobi-{virginia.process.pid}", everything(virginia)):
+    cold = freezer(version)
+    assert cold is not None
+    with cold.frozen(f"mobi-{virginia.process.pid}", everything(virginia)):
         await failed_over(tokyo)
         old = (await heard(tokyo, HEARER))[-1]
     await check(mesh, beats, old.boot, old.at)
