@@ -2,8 +2,9 @@
 """How a peer that was away learns that it was evicted.
 
 Who is evicted gets no records any more, and its key opens no connection: its own catalog would call it a
-member for ever, and its guests would run on beside those that took their place. So a peer that hears of no
-coordinator for a while asks the members it knows, as a stranger would, over TLS that pins *their* keys. One
+member for ever, and its guests would run on beside those that took their place. So a peer to which no
+coordinator grants a lease asks the members it knows, as a stranger would, over TLS that pins *their* keys (to
+have heard who coordinates is not enough: two that were evicted tell it to one another for ever). One
 member's word that it left is enough: any member could have evicted it. But it must know more than this peer
 does: one that was away itself may not know yet that this peer has joined again. No answer means nothing.
 """
@@ -25,7 +26,7 @@ from proto.identity import public_key
 from proto.state import State
 
 PATIENCE = 10.0
-"""Seconds without a coordinator after which a peer asks, and between two rounds of asking."""
+"""Seconds between two looks whether there is reason to ask."""
 ASK_TIMEOUT = 5.0
 
 log = structlog.get_logger()
@@ -54,15 +55,12 @@ class Standing:
         return {"mesh": state.mesh, "status": member.status if member else "unknown", "index": state.index}
 
     async def run(self) -> None:
-        """Ask whenever no coordinator is known for a while, until cancelled."""
+        """Ask whenever there is no lease, until cancelled."""
         while True:
             await trio.sleep(PATIENCE)
-            if not self._in_touch() and await self._was_evicted():
+            if not self._catalog.lease.valid and await self._was_evicted():
                 await self._left()
                 return
-
-    def _in_touch(self) -> bool:
-        return bool(self._catalog.leader) and self._catalog.fresh
 
     async def _was_evicted(self) -> bool:
         state = self._catalog.state

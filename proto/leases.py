@@ -159,8 +159,8 @@ class Grantor:
         known = self._peers
         self._peers = {}
         for peer, longest in leases.items():
-            if longest <= 0.0:
-                continue
+            if longest <= 0.0 and peer not in gone:
+                continue  # one that has gone without ever having had a lease is lost too
             since = now if self._settled else self._began
             peer_known = known.get(peer) or _Granted(longest, since)
             peer_known.longest = longest

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from proto.raft.assembly import Assembly
 from proto.raft.events import Snapshot
 from proto.raft.messages import Feed, Follow, SnapshotPart, SnapshotTaken
-from proto.raft.pace import Pace
+from proto.raft.pace import FLOOR, Pace
 from proto.raft.replica import NEVER, Replica
 
 FEW = 16
@@ -42,7 +42,7 @@ LEAST = 8
 ROUNDS = 2
 """So often the patience of an observer doubles, each time that all were asked and nobody has answered."""
 
-LONGEST = 16
+LONGEST = 4
 """An observer's patience in `election`s, however long answers took."""
 
 
@@ -141,7 +141,8 @@ class Feeder:
         settings = self._replica.settings
         pace = self._paces.pop(peer, None)
         if pace is None:
-            pace = Pace(settings.append_bytes // LEAST, settings.append_bytes, settings.election)
+            most = max(settings.append_bytes, settings.part_bytes)
+            pace = Pace(max(FLOOR, most // LEAST), most, settings.election)
             if len(self._paces) >= FOLLOWERS:
                 del self._paces[next(iter(self._paces))]
         self._paces[peer] = pace

@@ -153,8 +153,7 @@ class Raft:
     @property
     def recovering_replicas(self) -> frozenset[str]:
         """At the leader: replicas whose answers do not count (`recovery.py`)."""
-        progress = self._leadership.progress if self._leadership else {}
-        return frozenset(peer for peer, found in progress.items() if found.recovering)
+        return self._leadership.recovering if self._leadership else frozenset()
 
     @property
     def current_replicas(self) -> frozenset[str]:

@@ -96,9 +96,8 @@ class Membership:
 
     def _step_change(self, change: _Change, now: Configuration) -> None:
         newcomers = change.target - now.voters
-        lost = any(
-            found.recovering for peer, found in self._leadership.progress.items() if peer in change.target
-        )
+        # A newcomer that has lost its log recovers as a learner; a voter cannot, and must go first.
+        lost = not self._leadership.recovering.isdisjoint(change.target & now.voters)
         if self._replica.now > change.until or lost:
             self._change = None
             late = (peer for peer in newcomers if not self._leadership.caught_up(peer))

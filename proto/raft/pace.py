@@ -18,8 +18,12 @@ SLOW = 0.5
 """A heartbeat or question that waits behind what is under way must not be taken for lost."""
 
 
+FLOOR = 4096
+"""No window should be smaller, in bytes: what is cut into crumbs costs more in messages than it saves."""
+
+
 class Pace:
-    """`least` is the smallest window, with which it begins. `small`: the timed messages are."""
+    """It begins with `least` bytes, and never has less. `small`: the timed messages are."""
 
     __slots__ = ("_election", "_idle", "_least", "_most", "_quickest", "_small", "_timed", "window")
 
@@ -28,7 +32,7 @@ class Pace:
         self._small = small
         self._quickest = float("inf")
         self._most = most
-        self._least = max(1, least)
+        self._least = min(max(1, least), most)
         self._idle = False
         self._timed: tuple[int, float, int] | None = None
         self.window = self._least

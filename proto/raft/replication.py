@@ -32,7 +32,7 @@ from proto.raft.configuration import Configuration, encode
 from proto.raft.events import Snapshot
 from proto.raft.log import RECORD_COST
 from proto.raft.messages import Append, Appended, SnapshotPart, SnapshotTaken
-from proto.raft.pace import Pace
+from proto.raft.pace import FLOOR, Pace
 from proto.raft.replica import NEVER, Replica
 
 PARTS = 4
@@ -69,6 +69,8 @@ class Progress:
     sent: int = 0
     sent_in: int = 0
     """The round in which the last part was sent."""
+    taken_in: int = 0
+    """The round in which the part was sent whose answer told `taken`."""
 
     def forget_inflight(self) -> None:
         """What is under way is lost, or of no use."""
@@ -143,6 +145,11 @@ class Leadership:
         fit = [peer for peer in voters if self.caught_up(peer)]
         return max(fit, key=lambda peer: self.progress[peer].match, default="")
 
+    @property
+    def recovering(self) -> frozenset[str]:
+        """Replicas whose answers do not count (`recovery.py`)."""
+        return frozenset(peer for peer, found in self.progress.items() if found.recovering)
+
     def caught_up(self, peer: str) -> bool:
         """Whether this replica has what is committed, and lives."""
         found = self.progress.get(peer)
@@ -182,7 +189,7 @@ class Leadership:
         for peer in sorted(replica.configuration.replicas - self.progress.keys() - {replica.own}):
             settings = replica.settings
             most = settings.inflight * settings.append_bytes
-            pace = Pace(settings.append_bytes // LEAST, most, settings.election, small=True)
+            pace = Pace(max(FLOOR, settings.append_bytes // LEAST), most, settings.election, small=True)
             self.progress[peer] = Progress(replica.log.last_index + 1, pace)
         self._count_rounds()
 
@@ -304,11 +311,20 @@ class Leadership:
             progress.next = max(progress.next, progress.snapshot.index + 1)
             progress.snapshot = None
         elif message.received != progress.taken:
-            went_back = message.received < progress.taken
-            progress.pace.arrived(max(0, message.received - progress.taken))
-            progress.taken = max(0, message.received)
-            progress.sent = progress.taken if went_back else max(progress.sent, progress.taken)
+            self._moved(progress, message)
         self._replicate(peer, progress)
+
+    def _moved(self, progress: Progress, message: SnapshotTaken) -> None:
+        """More of the snapshot has arrived, or what had is lost. Only the answer to a later part may say
+        that: one that comes late would begin all that follows once more, and so would what follows."""
+        received = max(0, message.received)
+        if received > progress.taken:
+            progress.pace.arrived(received - progress.taken)
+            progress.taken, progress.sent = received, max(progress.sent, received)
+            progress.taken_in = max(progress.taken_in, message.round)
+        elif message.round > progress.taken_in:
+            progress.taken = progress.sent = received
+            progress.taken_in = message.round
 
     # Sending.
 
@@ -372,7 +388,7 @@ class Leadership:
         progress.state, progress.snapshot = "snapshot", self._replica.snapshot
         progress.forget_inflight()
         progress.pace.restart()
-        progress.taken = progress.sent = 0
+        progress.taken = progress.sent = progress.taken_in = 0
         self._send_parts(peer, progress)
 
     def _send_parts(self, peer: str, progress: Progress) -> None:

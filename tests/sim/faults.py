@@ -253,7 +253,7 @@ class Faults:
 
     def slow_disk(self) -> None:
         """Writes of one host take their time."""
-        self._some_host().disk.slowness = self.world.rng.choice((0.0005, 0.02, 0.3, 2.0))
+        self._some_host().disk.slowness = self.world.rng.choice((0.0005, 0.02, 0.3, 2.0, 15.0))
 
     def fail_disk(self) -> None:
         """One of the next writes of a peer fails."""

@@ -249,7 +249,7 @@ class Process:
         if self._left:
             self.host.leave()
             return
-        if not self.leader:
+        if not self.leased:
             other = self.world.some_process()
             if other is not None and self.world.network.reaches(other.host.id, self.host.id):
                 member = other.state.members.get(self.host.id)

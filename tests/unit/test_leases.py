@@ -183,6 +183,17 @@ def test_a_lost_peer_whose_longest_lease_grows_is_named_again_only_when_that_is_
     assert wake.at == pytest.approx(10 * D * (1 + DRIFT) + MARGIN)
 
 
+def test_one_that_leaves_before_it_ever_had_a_lease_is_lost() -> None:
+    one = Grantor(1, 0.0, 0.01, MARGIN, 0.0)
+    one.members({"v": 0.0}, (), 0.0)
+    one.settle(0.0)
+    assert not lost(one.woken(5.0))
+    one.members({"v": 0.0}, {"v"}, 10.0)
+    assert not lost(one.woken(10.0))
+    assert lost(one.woken(10.0 + MARGIN)) == ["v"]
+    assert one.out("v", 10.0 + MARGIN)
+
+
 def test_a_newcomer_has_time_to_ask() -> None:
     made = grantor()
     made.members({"p": D, "new": D}, (), 50.0)

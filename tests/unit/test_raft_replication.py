@@ -542,6 +542,16 @@ def test_a_part_that_is_only_late_is_not_sent_again() -> None:
     assert len(set(parts(scene))) == len(parts(scene))
 
 
+def test_answers_in_the_wrong_order_make_nothing_begin_again() -> None:
+    scene = scene_with_a_snapshot_to_send()
+    number = max(s.message.round for _, s in scene.sent if isinstance(s.message, SnapshotPart))
+    for received in (16, 4, 12, 8, 16, 0):
+        scene.feed("a", Received("c", SnapshotTaken(2, 8, received, number)))
+    assert len(set(parts(scene))) == len(parts(scene))
+    scene.feed("a", Received("c", SnapshotTaken(2, 8, 0, number + 1)))
+    assert parts(scene).count(0) == 2, "it has forgotten what it had"
+
+
 def test_a_lost_part_is_sent_again_after_the_next_heartbeat() -> None:
     scene = scene_with_a_snapshot_to_send()
     scene.tapped.clear()
