@@ -8,6 +8,8 @@
  *	late		answers FREEZE after half a second
  *	refuse		answers FREEZE with FAILED
  *	die		is killed by SIGSEGV when asked to freeze
+ *	slow		answers GO after half a second
+ *	stay		answers GO with FAILED
  *	linger		says POWEROFF at once, but does not end
  *	garbage		sends datagrams of wrong length and reports nobody asked for
  *	escape		tries to leave the sandbox, prints what it could do, powers off
@@ -77,6 +79,16 @@ static void answer_freeze(unsigned int sequence)
 		report(FREEZE_KIND_FROZEN, sequence, "");
 }
 
+static void answer_go(unsigned int sequence)
+{
+	if (strcmp(mistake, "slow") == 0)
+		nanosleep(&(struct timespec){.tv_nsec = 500000000}, NULL);
+	if (strcmp(mistake, "stay") == 0)
+		report(FREEZE_KIND_FAILED, sequence, "devices busy");
+	else
+		report(FREEZE_KIND_RUNNING, sequence, "");
+}
+
 static int serve(void)
 {
 	struct freeze_request request;
@@ -87,7 +99,7 @@ static int serve(void)
 		if (request.op == FREEZE_OP_FREEZE)
 			answer_freeze(request.sequence);
 		else
-			report(FREEZE_KIND_RUNNING, request.sequence, "");
+			answer_go(request.sequence);
 	}
 	return 1;
 }

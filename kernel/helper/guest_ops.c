@@ -56,7 +56,8 @@ static void op_status(void *context, struct control_request *request, const stru
 	struct control_message *reply = control_reply(request);
 
 	(void)args;
-	control_put_str(reply, "state", guest_state_name(guest->state));
+	/* Who asks may be another than who let it go, and must not take it for one that will never run. */
+	control_put_str(reply, "state", guest_state_name(guest->pending == PENDING_GO ? GUEST_RUNNING : guest->state));
 	control_put_u64(reply, "pid", (uint64_t)guest->process.pid);
 	control_put_u64(reply, "memory", memory_size(guest));
 	control_put_u64(reply, "since_ns", guest->since_ns);

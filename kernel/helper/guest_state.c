@@ -36,19 +36,23 @@ const char *guest_reason_name(enum guest_reason reason)
 	return names[reason];
 }
 
+static void tell_state(struct guest *guest)
+{
+	struct control_message *event = control_event(guest->control, "state");
+
+	control_put_str(event, "state", guest_state_name(guest->state));
+	guest_put_exit(guest, event);
+	control_send(event);
+}
+
 void guest_set_state(struct guest *guest, enum guest_state state)
 {
-	struct control_message *event;
-
 	if (guest->state == state)
 		return;
 	guest->state = state;
 	guest->since_ns = loop_now();
 	log_info("the guest is %s", guest_state_name(state));
-	event = control_event(guest->control, "state");
-	control_put_str(event, "state", guest_state_name(state));
-	guest_put_exit(guest, event);
-	control_send(event);
+	tell_state(guest);
 	lease_enforce(guest);
 }
 
@@ -215,6 +219,8 @@ static void on_failed(struct guest *guest, const struct freeze_report *report)
 
 	snprintf(message, sizeof(message), "%s: %s", report->text, strerror(-report->error));
 	log_warning("the guest's kernel refused: %s", message);
+	if (guest->pending == PENDING_GO)
+		tell_state(guest); /* not what `status` has said */
 	refuse(guest, settle(guest), CONTROL_IO, message);
 	finish_reconnect(guest, report, message);
 	lease_enforce(guest);

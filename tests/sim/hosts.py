@@ -44,6 +44,8 @@ class Copy:
     deadline: float = 0.0
     migration: str = ""
     stopped_shim: bool = False
+    going: bool = False
+    """It was told to go on and has not done so yet; for whoever asks, it runs."""
 
     @property
     def lease_bound(self) -> bool:
@@ -129,7 +131,7 @@ class Host:
             self.process.end()
         for copy in self.copies.values():
             self.world.invariants.stopped(self, copy)
-            copy.phase, copy.frozen_by, copy.stopped_shim = "none", set(), False
+            copy.phase, copy.frozen_by, copy.stopped_shim, copy.going = "none", set(), False, False
 
     def leave(self) -> None:
         """Its peer has learnt that it is no member any more: it ends its guests, and then itself."""

@@ -155,7 +155,9 @@ class Moves:
             return
         copy = self._copy(migration)
         held = copy is not None and copy.migration == id
-        found = copy.phase if copy is not None and held else "none"
+        found = "none"
+        if copy is not None and held:
+            found = "running" if copy.going else copy.phase
         lease_bound = copy is not None and copy.lease_bound
         source = migration.source == self._host.id
         shell = (
@@ -397,8 +399,14 @@ class Moves:
             self._break(id)
 
     def _do_Start(self, shell: Shell, _effect: ev.Start) -> None:
+        told = self._copy(shell.migration)
+        if told is not None:
+            told.going = True
+
         def start() -> None:
             copy = self._copy(shell.migration)
+            if told is not None:
+                told.going = False
             kind = self._rng.random()
             if copy is None or copy.phase != "waiting" or kind < 0.02:
                 if copy is not None:

@@ -176,6 +176,28 @@ def test_the_memory_keeps_its_length(start: Start) -> None:
     os.close(memory)
 
 
+def test_a_guest_that_was_let_go_runs_for_whoever_asks(start: Start) -> None:
+    """The peer dies between its word and the kernel's answer: the next one must not say that it never ran."""
+    shim = start("slow", "--resume")
+    shim.wait_state("waiting")
+    shim.send("go")
+    shim.close()
+    with HelperClient(shim.control) as controller:
+        assert controller.status()["state"] == "running"
+        assert controller.wait_event("state")["state"] == "running"
+        assert controller.status()["state"] == "running"
+
+
+def test_a_guest_that_could_not_be_let_go_is_waiting_again(start: Start) -> None:
+    shim = start("stay", "--resume")
+    shim.wait_state("waiting")
+    shim.events.clear()
+    with pytest.raises(HelperFailure, match="devices busy"):
+        shim.call("go")
+    assert shim.status()["state"] == "waiting"
+    assert [event["state"] for event in shim.events if event["event"] == "state"] == ["waiting"]
+
+
 def test_the_controller_may_come_and_go(start: Start) -> None:
     shim = start()
     shim.wait_state("running")
