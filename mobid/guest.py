@@ -44,6 +44,8 @@ ADOPT_TIMEOUT = 10.0
 ADOPT_ATTEMPTS = 3
 RECONNECT_TIMEOUT = 30.0
 LEASE_TIMEOUT = 5.0
+REST = ".removed-"
+"""A directory with this prefix belongs to no guest any more."""
 OVERLAY_RESERVE = 64 << 20
 """Bytes that must be free on the peer's file system before a guest is started."""
 
@@ -82,6 +84,12 @@ class Surroundings:
     lease: Lease
     entitled: Callable[[Record], bool]
     """Whether a lease-bound copy has the right to run at this moment."""
+
+
+def remove_rests(directory: Path) -> None:
+    """Remove what is left of guests whose removal was cut short by a crash; `directory` has all guests'."""
+    for rest in directory.glob(f"{REST}*"):
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 class LocalGuest:
@@ -138,8 +146,12 @@ class LocalGuest:
         write_durably(self.directory / "guest.json", self.record.dump())
 
     def remove_files(self) -> None:
-        """Forget the guest for good."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Forget the guest for good: a crash on the way leaves none of its files under its name."""
+        rest = self.directory.with_name(f"{REST}{self.directory.name}")
+        shutil.rmtree(rest, ignore_errors=True)
+        with contextlib.suppress(OSError):  # there is nothing, or nothing here can be changed
+            self.directory.rename(rest)
+            shutil.rmtree(rest, ignore_errors=True)
 
     # Starting.
 

@@ -24,7 +24,7 @@ from mobid import host
 from mobid.catalog import Catalog
 from mobid.config import Config
 from mobid.events import Events
-from mobid.guest import LocalGuest, Ports, Surroundings
+from mobid.guest import LocalGuest, Ports, Surroundings, remove_rests
 from mobid.guest_keeper import Keeper, record_of
 from mobid.guest_lease import Renewals, entitled
 from mobid.guest_record import Record, told_digest
@@ -328,6 +328,7 @@ class Guests:
     # Its keepers.
 
     async def _adopt_all(self) -> None:
+        remove_rests(self.around.directory)
         for path in sorted(self.around.directory.glob("*/guest.json")):
             try:
                 record = Record.load(path.parent)
