@@ -74,15 +74,22 @@ class Holder:
         return self.renew(now)
 
     def renew(self, now: float) -> list[Send | WakeAt]:
-        """Ask now (also when the timer comes), and again after a fifth of the duration."""
+        """Ask now (also when the timer comes), and again after a fifth of the duration.
+
+        Not while a grant has run out before the log was applied up to what it names: whose disk stands still
+        cannot use a lease, and by asking on it would only keep its guests from being started elsewhere.
+        """
         if not self._coordinator:
             return []
+        again = WakeAt(HOLDER_TIMER, now + self.duration / RENEWALS)
+        if any(at <= now for _, at in self._early):
+            return [again]
         self._number += 1
         self._sent[self._number] = (self._coordinator, now, self.duration)
         while len(self._sent) > OUTSTANDING:
             del self._sent[min(self._sent)]
         request = Renew(self._number, self.duration)
-        return [Send(self._coordinator, request), WakeAt(HOLDER_TIMER, now + self.duration / RENEWALS)]
+        return [Send(self._coordinator, request), again]
 
     def granted(self, peer: str, grant: Granted, applied: int) -> list[Deadline]:
         """An answer; `applied` is the index up to which this peer has applied the log."""

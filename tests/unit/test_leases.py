@@ -95,6 +95,18 @@ def test_the_deadline_never_goes_back() -> None:
     assert made.deadline == 11.8
 
 
+def test_who_cannot_apply_the_log_asks_no_more_until_it_can() -> None:
+    made, number = holder()
+    assert made.granted("c", Granted(number, D, index=9), applied=8) == []
+    wake = WakeAt("lease", 11.0 + D / 5)
+    assert wake in (asked := made.renew(11.0))
+    assert len(asked) == 2, "the grant may count yet"
+    stands_still = 10.0 + D
+    assert made.renew(stands_still) == [WakeAt("lease", stands_still + D / 5)]
+    assert made.applied(9) == [Deadline(10.0 + D)]
+    assert len(made.renew(stands_still + D / 5)) == 2
+
+
 def test_what_a_holder_remembers_is_bounded() -> None:
     made, first = holder()
     for at in range(100):
