@@ -185,6 +185,8 @@ class Catalog:
         self._first = self._state.index + 1
         self.feed(Wall(time.time()))
         self.feed(Woken(TIMER))
+        while self._machine.behind:
+            self.feed(Woken(TIMER))
         self._take_boot()
 
     def _take_boot(self) -> None:

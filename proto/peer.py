@@ -117,6 +117,11 @@ class Peer:
             self._took(effect)
 
     @property
+    def behind(self) -> bool:
+        """Whether `state` is not all that is known to be committed; `Woken(raft.TIMER)` brings more."""
+        return self.raft.behind
+
+    @property
     def configuration(self) -> Configuration:
         """The newest voters and learners in this peer's log, committed or not."""
         return self.raft.configuration

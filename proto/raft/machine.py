@@ -139,6 +139,11 @@ class Raft:
         return self._replica.log.last_index
 
     @property
+    def behind(self) -> bool:
+        """Whether the next `Woken(TIMER)` brings a `Commit`, however soon it comes."""
+        return self._replica.behind
+
+    @property
     def recovering(self) -> bool:
         """Whether this replica has lost promises that it made."""
         return self._replica.recovering
@@ -282,6 +287,8 @@ class Raft:
     def _set_timer(self) -> None:
         """Ask to be woken, unless a wake-up is under way that comes no later than what is due."""
         due = min(self._reads.due, self._feeder.due)
+        if self._replica.behind:
+            due = self._replica.now
         if self._leadership:
             due = min(due, self._leadership.next_heartbeat)
         else:

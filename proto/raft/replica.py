@@ -44,6 +44,9 @@ from proto.raft.log import Log
 
 NEVER = float("-inf")
 
+AT_ONCE = 256
+"""Records given to the state at once: each makes a state of its own, and all of a long log would be many."""
+
 
 @dataclass(slots=True)
 class Write:
@@ -265,10 +268,15 @@ class Replica:
     def commit_to(self, index: int) -> None:
         self.commit = max(self.commit, min(index, self.log.last_index))
 
+    @property
+    def behind(self) -> bool:
+        """Whether something that is committed, and durable here, can be given to the state now."""
+        return self.applied < min(self.commit, self.stable) and self._restoring is None
+
     def hand_out(self) -> None:
-        """Give what is committed, and durable here, to the state, unless it waits for a snapshot."""
-        end = min(self.commit, self.stable)
-        if self.applied < end and self._restoring is None:
+        """Give the next records of that to the state."""
+        if self.behind:
+            end = min(self.commit, self.stable, self.applied + AT_ONCE)
             self.out.append(Commit(self.log.slice(self.applied + 1, end)))
             self.applied = end
 

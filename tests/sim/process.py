@@ -94,6 +94,8 @@ class Process:
         """The shell starts: the wall clock, what was stored, then guests and handovers."""
         self._tell_wall()
         self.feed(Woken(raft.TIMER))
+        while self.machine.behind:
+            self.feed(Woken(raft.TIMER))
         self.state = self.machine.state
         self.moves.take_up()
         self._ask_fresh()

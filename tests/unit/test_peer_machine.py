@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from proto import entries as e
 from proto.lease_events import Granted, Renew
-from proto.peer_events import Fence, Forward, GivenUp, Proposed, Settings
+from proto.machine import WakeAt, Woken
+from proto.peer import Peer
+from proto.peer_events import Applied, Fence, Forward, GivenUp, Proposed, Settings
 from proto.raft import events as raft
-from proto.raft import messages
+from proto.raft import messages, replica
 from tests.unit.peer_cluster import EPOCH, Cluster, Host, ident
 
 
@@ -67,6 +70,24 @@ def test_a_founder_that_starts_again_has_all_that_was_acknowledged() -> None:
 
 
 # Proposals.
+
+
+def test_a_long_log_is_applied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "AT_ONCE", 4)
+    cluster = Cluster()
+    for number in range(10):
+        cluster.commit("a", token(f"t{number}"))
+    stored = cluster.hosts["a"].disk.stored
+    end = cluster.hosts["a"].state.index
+    machine = Peer(ident("a"), replace(stored, commit=end), Settings(), random.Random(1))
+    parts = 0
+    while machine.behind or not parts:
+        effects = machine.handle(Woken(raft.TIMER), 1.0)
+        assert sum(isinstance(effect, Applied) for effect in effects) <= 4
+        assert not machine.behind or any(isinstance(effect, WakeAt) for effect in effects)
+        parts += 1
+    assert machine.state.index >= end
+    assert parts > 2
 
 
 def test_proposals_of_all_peers_become_true_everywhere_with_the_coordinators_time() -> None:
