@@ -9,7 +9,7 @@ the holder keeps this peer's lease (`proto/leases.py`), and while this peer lead
 peer to itself never leave it. Events and effects are those of `proto/peer_events.py`.
 
 An effect that follows from a record comes after the `Applied` of that record. A shell carries effects out in
-order, and begins with `Woken(raft.TIMER)` and `Wall`.
+order, and begins with `Wall`, and `Woken(raft.TIMER)` until nothing is `behind`.
 """
 
 from __future__ import annotations
