@@ -134,8 +134,16 @@ class Feeder:
         if place + len(records) < replica.commit:
             pace.sent(place + len(records), replica.now)
         term = log.term_at(place) or 0
-        feed = Feed(replica.term, replica.leader, replica.configuration, place, term, records, replica.commit)
+        feed = Feed(replica.term, self._leader, replica.configuration, place, term, records, replica.commit)
         replica.send(peer, feed)
+
+    @property
+    def _leader(self) -> str:
+        """Who leads, if this replica hears it itself. What it only was told it does not pass on: two that ask
+        one another would believe for ever that they are in touch."""
+        replica = self._replica
+        hears = replica.now - replica.heard_append <= 2 * replica.settings.election
+        return replica.leader if hears or replica.role == "leader" else ""
 
     def _pace(self, peer: str) -> Pace:
         settings = self._replica.settings

@@ -77,6 +77,8 @@ class Moves:
         self._world = process.world
         self._rng: random.Random = process.world.rng
         self._shells: dict[str, Shell] = {}
+        self._asked: set[str] = set()
+        """Handovers that this life of the peer has asked for: another life may have ended its own already."""
         self._coordinators: dict[str, handover.Coordinator] = {}
         self._coordinating = False
 
@@ -100,6 +102,7 @@ class Moves:
             expires=self._process.wall + DEADLINE,
         )
         copy.migration = id
+        self._asked.add(id)
 
         def decided(_index: int, refused: OperationError | None) -> None:
             if refused is not None:
@@ -126,7 +129,8 @@ class Moves:
 
     def _begin_source(self, migration: entries.Migration) -> None:
         copy = self._copy(migration)
-        if copy is None or copy.migration != migration.id or migration.id in self._host.disk.notes:
+        unasked = migration.id not in self._asked
+        if unasked or copy is None or copy.migration != migration.id or migration.id in self._host.disk.notes:
             self._process.after(SETTLE_TIMEOUT, self._adopt, migration.id)
             return
         shell = Shell(migration, handover.Source(migration), "source")

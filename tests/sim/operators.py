@@ -194,13 +194,16 @@ class Operator:
     # In the end.
 
     def tidy(self) -> None:
-        """Once faults are over: what needs a person's word gets it, and drained peers are used again."""
+        """Once faults are over: what needs a person's word gets it, hosts that never come back are evicted,
+        and drained peers are used again."""
         leader = self.world.leader()
         for migration in self._state.migrations.values():
             gone = self.world.hosts[migration.destination].gone
             if migration.state == "open" and gone and leader is not None:
                 leader.host.after(0.0, leader.here, leader.moves.operator_adopts, migration.id)
         for id in self._members():
-            if self._state.members[id].draining:
+            if self.world.hosts[id].gone:
+                self._ask(entries.RemovePeer(peer=id, force=True))
+            elif self._state.members[id].draining:
                 self._ask(entries.DrainPeer(peer=id, draining=False))
         self.world.at(3.0, self.tidy)
