@@ -188,7 +188,7 @@ class Leadership:
         replica = self._replica
         for peer in sorted(replica.configuration.replicas - self.progress.keys() - {replica.own}):
             settings = replica.settings
-            most = settings.inflight * settings.append_bytes
+            most = max(settings.inflight * settings.append_bytes, PARTS * settings.part_bytes)
             pace = Pace(max(FLOOR, settings.append_bytes // LEAST), most, settings.election, small=True)
             self.progress[peer] = Progress(replica.log.last_index + 1, pace)
         self._count_rounds()
