@@ -186,10 +186,16 @@ class Operator:
         """A peer that may leave. Where nothing else is lost, that is everybody at any time: the peers
         themselves see to it that enough others stay."""
         host, faults = self.world.hosts[self.world.rng.choice(self._members())], self.world.faults
-        if host.gone or (faults.loses_logs and not faults.survives_without(host)):
+        if host.gone or (faults.loses_logs and not faults.survives_without(host)) or self._strands(host):
             return None
         host.leaving = True
         return host
+
+    def _strands(self, host: Host) -> bool:
+        """Whether a peer that was away would find nobody it knows any more: it needs a token again then."""
+        hosts = self.world.hosts
+        here = {h.id for h in hosts.values() if not (h.gone or h.leaving or h is host)}
+        return any(not here & (hosts[id].contacts - {id}) for id in here if hosts[id].contacts)
 
     # In the end.
 
