@@ -86,8 +86,7 @@ class Coordinator:
         leaving = entries.removed_peers(proposal.entry)
         if not leaving:
             return False
-        left = {member.id for member in view.state.members.values() if member.status == "left"}
-        gone = left | self.intake.leaving() | leaving
+        gone = _left(view.state) | self.intake.leaving() | leaving
         deciding = view.configuration.deciding
         return not self.settled or not view.configuration.quorum(deciding - gone)
 
@@ -133,7 +132,7 @@ class Coordinator:
             if migration.state == "open"
             for peer in (migration.source, migration.destination)
         }
-        left = {member.id for member in state.members.values() if member.status != "member"}
+        left = _left(state)
         if left:
             owned = (guest for guest in state.guests.values() if guest.owner in left)
             hung |= {guest.owner for guest in owned if failover.concerns(state, guest)}
@@ -224,3 +223,8 @@ class Coordinator:
             return self._settings.lease
         since = self._far.setdefault(member.id, view.now)
         return self._settings.long_lease if view.now >= since + FAR_FOR else self._settings.lease
+
+
+def _left(state: State) -> set[str]:
+    """Who is no member any more."""
+    return {member.id for member in state.members.values() if member.status != "member"}

@@ -35,6 +35,8 @@ class Intake:
         self._time = 0.0
         self._under_way: dict[_Name, bytes] = {}
         self._proposals: dict[bytes, Proposal] = {}
+        self._leaving: dict[_Name, set[str]] = {}
+        """The peers that proposals under way remove, of those that do."""
         self._bytes = 0
 
     def take(self, proposals: Iterable[Proposal], state: State, wall: float) -> tuple[bytes, ...]:
@@ -62,11 +64,12 @@ class Intake:
         if proposal is not None:
             self._bytes -= len(payload)
             self._under_way.pop(_name(proposal), None)
+            self._leaving.pop(_name(proposal), None)
         return proposal
 
     def leaving(self) -> set[str]:
         """The peers whose removal is under way."""
-        return set().union(*(entries.removed_peers(p.entry) for p in self._proposals.values()))
+        return set().union(*self._leaving.values())
 
     def _stamped(self, proposal: Proposal, state: State, wall: float) -> bytes:
         self._time = max(self._time, state.time, wall)
@@ -74,6 +77,8 @@ class Intake:
         payload = entries.encode(proposal)
         self._under_way[_name(proposal)] = payload
         self._proposals[payload] = proposal
+        if leaving := entries.removed_peers(proposal.entry):
+            self._leaving[_name(proposal)] = leaving
         self._bytes += len(payload)
         return payload
 
