@@ -21,7 +21,7 @@ from mobictl import client
 from mobictl.credentials import Credentials
 from mobictl.doors import Doors, Known
 from mobictl.places import config_directory
-from proto.api import OperationError
+from proto.api import UNDECIDED, OperationError
 
 GONE_PATIENCE: Final = 10.0
 """Seconds for which a peer is looked for that takes the command of one that died; it may be restarting."""
@@ -100,7 +100,7 @@ class Persistence:
         raise error
 
     def _explain(self, error: OperationError, target: str) -> None:
-        if error.code in ("no-leader", "no-majority"):
+        if error.code in UNDECIDED:
             text = f"no coordinator yet: {error.message}"
         else:
             text = f"{target} cannot go on with this; another peer is asked"

@@ -28,7 +28,7 @@ from mobid.signal import Changed
 from mobid.stale_guests import keep_aside, stood_for
 from proto import deploy, entries
 from proto.agent import AgentError
-from proto.api import OperationError
+from proto.api import UNDECIDED, OperationError
 from proto.reconcile import Actual, Host, Step, Verdict, after_end, is_failure, next_step
 
 logger = structlog.get_logger(__name__)
@@ -235,7 +235,7 @@ class Keeper:
         try:
             await self._k.catalog.propose(entry, timeout=REPORT_TIMEOUT)
         except OperationError as error:
-            self._unheard = error.code in ("no-leader", "no-majority", "timeout", "unreachable")
+            self._unheard = error.code in (*UNDECIDED, "timeout", "unreachable")
             logger.warning("guest cannot be reported", guest=guest.key, code=error.code, error=error.message)
             return False
         self._unheard, self._restarts = False, 0

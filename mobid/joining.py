@@ -72,7 +72,7 @@ async def _knock(doors: Sequence[tuple[str, bytes]], op: str, args: api.Argument
             return answer
         except OperationError as error:
             reason = error
-            if error.code not in ("unreachable", "timeout", "no-leader", "no-majority"):
+            if error.code not in ("unreachable", "timeout", *api.UNDECIDED):
                 raise
     raise reason
 

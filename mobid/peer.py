@@ -443,7 +443,7 @@ class Peer:
                 return
             except OperationError as error:
                 log.warning("peer.not.told", reason=error.message)
-                if error.code not in ("no-leader", "no-majority"):
+                if error.code not in api.UNDECIDED:
                     return
             await trio.sleep(ADVERTISE_PAUSE)
 

@@ -37,6 +37,9 @@ ErrorCode = Literal[
     "internal",
 ]
 
+UNDECIDED: tuple[ErrorCode, ...] = ("no-leader", "no-majority")
+"""The mesh could not decide; it may be able to later."""
+
 
 class OperationError(Exception):
     """What an operation raises to say no: a code for programs, a sentence for people, and the mend.

@@ -17,7 +17,6 @@ QUICK = 0.25
 SLOW = 0.5
 """A heartbeat or question that waits behind what is under way must not be taken for lost."""
 
-
 FLOOR = 4096
 """No window should be smaller, in bytes: what is cut into crumbs costs more in messages than it saves."""
 

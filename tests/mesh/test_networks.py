@@ -78,6 +78,14 @@ class Meshwork:
                 await peer.close()
             self.ended[peer.id].set()
 
+    async def end(self, peer: Peer) -> None:
+        """The peer ends, as by a signal; its switch goes on."""
+        ended = self.ended[peer.id]
+        peer.end()
+        with trio.fail_after(TIMEOUT):
+            await ended.wait()
+        self.peers.remove(peer)
+
     async def put(self, peer: Peer, *wanted: entries.Entry) -> None:
         for entry in wanted:
             await peer.catalog.propose(entry)
@@ -333,12 +341,8 @@ async def test_the_switch_is_taken_back_by_the_next_peer(socket_dir: Path) -> No
         await gets_through(a, b, 1)
         switch = two.networks._switch
         assert switch is not None
-        two_ended = mesh.ended[two.id]
-        two.end()
-        with trio.fail_after(TIMEOUT):
-            await two_ended.wait()
+        await mesh.end(two)
         await gets_through(a, b, 2)
-        mesh.peers.remove(two)
         again = await restart(mesh, two)
         adopted = again.networks._switch
         assert adopted is not None
@@ -355,12 +359,7 @@ async def test_a_catalog_that_is_behind_costs_no_port(socket_dir: Path) -> None:
         (one,) = mesh.peers
         a, b = await mesh.guest(one, A, 1), await mesh.guest(one, B, 2)
         await gets_through(a, b, 1)
-        await one.networks.add_port(one.catalog.state.guests[A], interface(1))
-        ended = mesh.ended[one.id]
-        one.end()
-        with trio.fail_after(TIMEOUT):
-            await ended.wait()
-        mesh.peers.remove(one)
+        await mesh.end(one)
         (one.config.directory / "catalog" / "commit").unlink()
         again = await restart(mesh, one)
         await again.catalog.wait(lambda _state: again.catalog.fresh, TIMEOUT)
@@ -378,11 +377,7 @@ async def test_ports_of_guests_that_were_removed_meanwhile_go(socket_dir: Path) 
         one, two = mesh.peers
         a, b = await mesh.guest(one, A, 1), await mesh.guest(two, B, 2)
         await gets_through(a, b, 1)
-        ended = mesh.ended[two.id]
-        two.end()
-        with trio.fail_after(TIMEOUT):
-            await ended.wait()
-        mesh.peers.remove(two)
+        await mesh.end(two)
         await mesh.put(one, entries.RemoveGuest(guest=B))
         (two.config.directory / "catalog" / "commit").unlink()
         again = await restart(mesh, two)

@@ -317,16 +317,7 @@ def test_a_replica_far_behind_gets_the_snapshot_in_parts() -> None:
 
 
 def test_a_snapshot_goes_on_where_it_stopped() -> None:
-    scene = Scene("a b c")
-    scene.play("""
-        campaign a
-        cut c
-        propose a one two three four five six
-        compact a 8 9
-        heal
-        mute c a
-    """)
-    scene.feed("a", Received("c", Appended(2, False, 2, 1, 2)))
+    scene = scene_with_a_snapshot_to_send("mute c a")
     scene.play("""
         heal
         elapse 0.95
@@ -509,16 +500,17 @@ def test_no_lease_runs_out_when_the_disk_of_the_coordinator_stands_still() -> No
     assert {effect.peer for host in others for effect in host.lost} <= {ident(stuck)}
 
 
-def scene_with_a_snapshot_to_send() -> Scene:
-    """What a sends to c is put aside: the first parts of a snapshot."""
+def scene_with_a_snapshot_to_send(line: str = "tap a c") -> Scene:
+    """c lacks what only a snapshot has, and a sends the first parts of it; `line` is what becomes of them, or
+    of the answers."""
     scene = Scene("a b c")
-    scene.play("""
+    scene.play(f"""
         campaign a
         cut c
         propose a one two three four five six
         compact a 8 9
         heal
-        tap a c
+        {line}
     """)
     scene.feed("a", Received("c", Appended(2, False, 2, 1, 2)))
     scene.settle()
