@@ -235,8 +235,10 @@ class Swim:
                 return
 
     def _probe(self, peer: str, now: float) -> None:
-        timeout = self._timeout(peer) * self._awareness.factor
-        probe = Probe(peer, now + max(self._settings.interval * self._awareness.factor, 4 * timeout))
+        factor = self._awareness.factor
+        # Poor health makes this process slow, which adds the same to all distances: no long one is multiplied.
+        timeout = min(self._settings.longest_timeout, factor * self._timeout(peer))
+        probe = Probe(peer, now + max(self._settings.interval * factor, 4 * timeout))
         probe.hopeless = peer in self._beliefs.dead
         number = self._ping(probe, now)
         self._agenda.add(now + timeout, "help", number)
@@ -340,7 +342,7 @@ class Swim:
             elif peer not in probe.helpers:
                 return
             self.vivaldi.hear(probe.target, ack.place, now)
-            self._probes.end(probe)
+            self._probes.answered(probe.target, sent)
             self._awareness.note(-1)
             return
         relay = self._probes.relay(ack.number)

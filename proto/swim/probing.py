@@ -94,6 +94,16 @@ class Probes:
         """The probe whose ping had this number, and when that was sent."""
         return self._sent.get(number)
 
+    def answered(self, target: str, sent: float) -> None:
+        """`target` has answered a ping of `sent`: all probes of it that began until then are over.
+
+        One may last much longer than those after it, if the own health has become better meanwhile; its
+        verdict would be of silence that ended long ago.
+        """
+        for probe in {id(probe): probe for probe, at in self._sent.values() if at <= sent}.values():
+            if probe.target == target:
+                self.end(probe)
+
     def end(self, probe: Probe) -> None:
         """The probe is answered or has failed."""
         for number in probe.numbers:

@@ -153,6 +153,36 @@ def test_an_answer_through_a_helper_or_to_the_second_ping_is_one(by_helper: bool
     assert rig.turned == []
 
 
+def doubting(peer: str, rtt: float) -> Rig:
+    """A member that stood still so often that it doubts itself; it has just asked `peer`, which is far away."""
+    rig = Rig(peer)
+    for _ in range(SETTINGS.worst_health):
+        rig.now += 100.0
+        rig.feed(Woken(TIMER))
+        rig.machine.vivaldi.observe(peer, HERE, rtt)
+    assert rig.machine.health == SETTINGS.worst_health
+    assert isinstance(rig.sent[-1][1], Ping)
+    return rig
+
+
+def test_an_answer_counts_for_the_probes_before_it() -> None:
+    """A probe made in poor health waits long; its verdict must not be of a silence that has ended since."""
+    rig = doubting(A, 0.4)
+    began = rig.now
+    rig.until(began + 7.5)
+    _, later = first_ping(rig)
+    rig.now += 0.4
+    rig.hear(A, Ack(later.number, HERE))
+    rig.until(began + 12.0)
+    assert rig.turned == []
+
+
+def test_doubt_of_oneself_does_not_multiply_a_long_way() -> None:
+    rig = doubting(A, 0.6)
+    rig.until(rig.now + 4 * SETTINGS.longest_timeout)
+    assert (A, "suspect") in rig.turned
+
+
 def test_an_answer_from_somebody_else_or_to_another_question_is_none() -> None:
     rig = Rig(A, B)
     target, ping = first_ping(rig)
