@@ -125,7 +125,7 @@ class Migrations:
     async def _begin(self, id: str, args: api.VmMigrate) -> None:
         state = self._catalog.state
         guest, to = state.find_guest(args.vm), state.find_peer(args.to)
-        entry = admission.open_handover(state, guest, to, id, time.time() + args.deadline + HANDOVER_SLACK)
+        entry = admission.open_handover(state, guest, to, id, args.deadline + HANDOVER_SLACK)
         local = await self._around.guests.hold(guest.key, id)
         outgoing: Outgoing | None = None
         try:
@@ -400,7 +400,7 @@ class Migrations:
         """It does not run there if its processes are held to the lease: the source's copy goes on."""
         guest = self._catalog.state.guests.get(migration.guest)
         bound = guest is not None and (guest.on_partition, guest.held_to) == ("freeze", "freeze")
-        for effect in Coordinator(migration, failover=bound).handle(ev.PeerLost(), time.time()):
+        for effect in Coordinator(migration, failover=bound).handle(ev.PeerLost(), trio.current_time()):
             if isinstance(effect, ev.Propose):
                 await self._catalog.fence(loss.peer, effect.entry, loss.term)
 
@@ -435,14 +435,14 @@ class _Watch:
         return migration is None or migration.state != "open" or not self._around.catalog.leads
 
     async def _remind(self) -> None:
-        effects = self._machine.handle(ev.Begin(), time.time())
+        effects = self._machine.handle(ev.Begin(), trio.current_time())
         while True:
-            at = max((e.at for e in effects if isinstance(e, WakeAt)), default=time.time())
+            at = max((e.at for e in effects if isinstance(e, WakeAt)), default=trio.current_time())
             for effect in effects:
                 if isinstance(effect, Send):
                     await settle(self._around, self._migration.id, effect.peer)
-            await trio.sleep(max(1.0, at - time.time()))
-            effects = self._machine.handle(Woken(self._migration.id), time.time())
+            await trio.sleep_until(max(trio.current_time() + 1.0, at))
+            effects = self._machine.handle(Woken(self._migration.id), trio.current_time())
 
 
 async def settle(around: Surroundings, migration: str, peer: str) -> None:
@@ -458,7 +458,7 @@ async def fail_over(
     around: Surroundings, migration: entries.Migration, why: ev.CopyLost | ev.Adopt, request: str = ""
 ) -> None:
     """Commit what the coordinator's machine says to this; raises `OperationError`."""
-    for effect in Coordinator(migration, failover=False).handle(why, time.time()):
+    for effect in Coordinator(migration, failover=False).handle(why, trio.current_time()):
         if isinstance(effect, ev.Propose):
             await around.catalog.propose(effect.entry, request=request)
 

@@ -76,9 +76,10 @@ def _check_memory(state: State, guest: Guest, destination: Member) -> None:
 
 
 def open_handover(
-    state: State, guest: Guest, destination: Member, migration: str, expires: float
+    state: State, guest: Guest, destination: Member, migration: str, timeout: float
 ) -> Handover:
-    """The entry that opens a handover, after `check_move`. `migration` is 32 hex digits never used before."""
+    """The entry that opens a handover, after `check_move`. `migration` is 32 hex digits never used before,
+    `timeout` in seconds."""
     check_move(state, guest, destination)
     return Handover(
         migration=migration,
@@ -86,5 +87,5 @@ def open_handover(
         epoch=guest.epoch,
         source=guest.owner,
         destination=destination.id,
-        expires=expires,
+        timeout=timeout,
     )

@@ -269,6 +269,13 @@ def _remove_peer(state: State, entry: e.RemovePeer, _client: str) -> State:
             f"{member.name} still has guests: {names}",
             f"move them: mobictl peer drain {member.name}",
         )
+    opened = (m for m in state.migrations.values() if m.state == "open")
+    coming = next((m for m in opened if m.destination == member.id), None)
+    if coming and not entry.force:
+        # It may run there already, and only the record of that is still to come.
+        raise Refused(
+            "conflict", f"{coming.guest} is being moved to {member.name}", "wait until that has ended"
+        )
     for guest in guests:
         # What may run there until a lease is out waits for that; the coordinator then gives it a new owner.
         bound = (guest.on_partition, guest.held_to, guest.wanted) == ("freeze", "freeze", "running")
@@ -436,8 +443,11 @@ def _give_guest(catalog: State, guest: e.Guest, owner: str, epoch: int, **update
 def _not_moving(state: State, key: str) -> None:
     migration = state.open_migration(key)
     if migration:
-        where = state.peer_name(migration.destination)
-        raise Refused("conflict", f"{key} is being moved to {where}", "wait until that has ended")
+        member = state.members[migration.destination]
+        mend = "wait until that has ended"
+        if member.status != "member":
+            mend = f"{member.name} is no member any more; if it will never run {key}: mobictl vm adopt {key}"
+        raise Refused("conflict", f"{key} is being moved to {member.name}", mend)
 
 
 def _add_guest(state: State, entry: e.AddGuest, _client: str) -> State:
@@ -572,7 +582,7 @@ def _handover(state: State, entry: e.Handover, _client: str) -> State:
         epoch=entry.epoch,
         source=source.id,
         destination=destination.id,
-        expires=entry.expires,
+        timeout=entry.timeout,
         opened=state.time,
     )
     return replace(state, migrations=_with(_pruned(state.migrations), migration.id, migration))

@@ -217,14 +217,14 @@ class Lab(Thing):
 
 
 class Migration(Thing):
-    """One handover of the right to run, open or closed. `id` is 32 hex digits."""
+    """One handover of the right to run, open or closed. `id` is 32 hex digits; `timeout` as in `Handover`."""
 
     id: str
     guest: str
     epoch: int
     source: str
     destination: str
-    expires: float
+    timeout: float
     state: HandoverState = "open"
     opened: float = 0.0
     closed: float = 0.0
@@ -467,7 +467,9 @@ class MarkGuest(Entry):
 class Handover(Entry):
     """Open a handover: `source` may give the right to run to `destination` as `epoch` + 1, once.
 
-    `migration` is a token that is used up by this entry: the same one is never accepted again.
+    `migration` is a token that is used up by this entry: the same one is never accepted again. `timeout` is
+    in seconds: when the coordinator has seen it open for so long, it asks both sides to bring it to an end.
+    It is no moment, because peers' clocks differ, some by days.
     """
 
     kind: Literal["handover"] = "handover"
@@ -476,7 +478,7 @@ class Handover(Entry):
     epoch: int
     source: str
     destination: str
-    expires: float
+    timeout: float
 
 
 class Done(Entry):

@@ -430,6 +430,7 @@ class Coordinator:
 
     `failover`: the guest is bound to a lease, so that its destination's silence for a lease and a margin
     proves that it does not run there. For other guests only the destination's word or an operator's counts.
+    `now` is of a clock that never jumps: wall clocks may be wrong by days.
     """
 
     def __init__(self, migration: Migration, failover: bool) -> None:
@@ -444,7 +445,7 @@ class Coordinator:
             return []
         match event:
             case Begin():
-                return [WakeAt(self.migration.id, max(now, self.migration.expires))]
+                return [WakeAt(self.migration.id, now + self.migration.timeout)]
             case Logged(state) if state != "open":
                 self.over = True
                 return [Over(state, self._failing)]

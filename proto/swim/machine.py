@@ -236,7 +236,7 @@ class Swim:
 
     def _probe(self, peer: str, now: float) -> None:
         factor = self._awareness.factor
-        # Poor health makes this process slow, which adds the same to all distances: no long one is multiplied.
+        # Poor health means a slow process, which adds the same to all distances: no long one is multiplied.
         timeout = min(self._settings.longest_timeout, factor * self._timeout(peer))
         probe = Probe(peer, now + max(self._settings.interval * factor, 4 * timeout))
         probe.hopeless = peer in self._beliefs.dead

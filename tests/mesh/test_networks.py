@@ -238,7 +238,7 @@ async def migrate(mesh: Meshwork, source: Peer, to: Peer, old: NetDriver) -> Net
     await mesh.put(
         source,
         entries.Handover(
-            migration=token, guest=key, epoch=epoch, source=source.id, destination=to.id, expires=1e12
+            migration=token, guest=key, epoch=epoch, source=source.id, destination=to.id, timeout=1e12
         ),
     )
     guest = to.catalog.state.guests[key]
@@ -314,7 +314,7 @@ async def test_a_cancelled_move_delivers_what_was_held(socket_dir: Path) -> None
         await mesh.put(
             two,
             entries.Handover(
-                migration="f" * 32, guest=B, epoch=1, source=two.id, destination=one.id, expires=1e12
+                migration="f" * 32, guest=B, epoch=1, source=two.id, destination=one.id, timeout=1e12
             ),
         )
         await one.networks.add_port(one.catalog.state.guests[B], interface(2), incoming=True)

@@ -85,7 +85,7 @@ def founded(lease_bound: bool) -> tuple[State, tuple[Ed25519PrivateKey, ...]]:
         epoch=1,
         source=source.id,
         destination=destination.id,
-        expires=20.0,
+        timeout=20.0,
     )
     todo: list[entries.AnyEntry] = [
         entries.Found(mesh="m", member=coordinator),

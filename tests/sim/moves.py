@@ -99,7 +99,7 @@ class Moves:
             epoch=copy.epoch,
             source=self._host.id,
             destination=to,
-            expires=self._process.wall + DEADLINE,
+            timeout=DEADLINE,
         )
         copy.migration = id
         self._asked.add(id)
@@ -285,11 +285,13 @@ class Moves:
         self._process.after(max(0.0, self._host.clock.real(effect.at) - self._world.now), due)
 
     def _do_Send(self, _shell: Shell, effect: Send) -> None:
-        to = effect.peer or self._process.leader
+        self._send(effect.peer or self._process.leader, effect.message)
+
+    def _send(self, to: str, message: Any) -> None:
         if to == self._host.id:
-            self._process.after(0.0, self.receive, to, effect.message)
+            self._process.after(0.0, self.receive, to, message)
         elif to:
-            self._world.network.send(self._host.id, to, effect.message)
+            self._world.network.send(self._host.id, to, message)
 
     def _do_Prepare(self, shell: Shell, _effect: ev.Prepare) -> None:
         if shell.side == "source":
@@ -465,6 +467,8 @@ class Moves:
         copy = self._copy(shell.migration)
         if copy is not None and copy.migration == shell.migration.id:
             copy.migration = ""
+            if effect.outcome == "failed-over" and shell.side == "source":
+                copy.epoch = shell.migration.epoch + 2
         self._process.keepers.wake()
 
     # At the coordinator.
@@ -489,32 +493,30 @@ class Moves:
             self._ask_coordinator(migration.id, ev.Begin())
 
     def _ask_coordinator(self, id: str, event: ev.Event, lost: tuple[str, int] | None = None) -> None:
-        """Its times are those of the wall clock, as the handover's expiry is."""
         machine = self._coordinators.get(id)
         if machine is None:
             return
-        for effect in machine.handle(event, self._process.wall):
+        for effect in machine.handle(event, self._host.now):
             if isinstance(effect, Send):
-                self._do_Send(Shell(machine.migration, handover.Source(machine.migration), "source"), effect)
+                self._send(effect.peer, effect.message)
             elif isinstance(effect, WakeAt):
-                seconds = max(0.05, effect.at - self._process.wall)
-                self._process.after(min(seconds, 5.0), self._remind, id, effect.at)
+                self._process.after(
+                    max(0.05, effect.at - self._host.now), self._ask_coordinator, id, Woken(id)
+                )
             elif isinstance(effect, ev.Propose) and lost is not None:
                 self._process.fence(lost[0], effect.entry, lost[1])
             elif isinstance(effect, ev.Propose) and effect.entry.reason != LEASE_RAN_OUT:  # type: ignore[attr-defined]
                 self._propose(effect.entry)
 
-    def _remind(self, id: str, at: float) -> None:
-        if self._process.wall >= at:
-            self._ask_coordinator(id, Woken(id))
-        else:
-            self._process.after(min(5.0, at - self._process.wall), self._remind, id, at)
-
     def peer_lost(self, peer: str, term: int) -> None:
-        """The lease of a peer is out by every clock: what was released to it goes back to its source."""
+        """The lease of a peer is out by every clock: what was released to it goes back to its source, what
+        comes from it runs at its destination, or never will.
+        """
         for id, machine in list(self._coordinators.items()):
             if machine.migration.destination == peer:
                 self._ask_coordinator(id, ev.PeerLost(), (peer, term))
+            elif machine.migration.source == peer:
+                self._send(machine.migration.destination, ev.Settle(id))
 
     def operator_adopts(self, id: str) -> None:
         """An operator says that the destination's copy does not run and never will."""

@@ -12,7 +12,7 @@ from proto import handover
 from proto import handover_events as ev
 from proto.entries import Guest, Migration
 from proto.handover import DESTINATION_TABLE, SOURCE_TABLE, Destination, Source
-from proto.machine import Persist, Persisted
+from proto.machine import Persist, Persisted, Send, WakeAt, Woken
 from tests.sim.handover_world import MIGRATION, Violation, World
 from tests.sim.run import replay_command
 
@@ -92,7 +92,7 @@ def test_the_simulation_notices_planted_mistakes(
 
 
 def migration() -> Migration:
-    return Migration(id="m", guest="lab/g", epoch=1, source="s", destination="d", expires=10.0)
+    return Migration(id="m", guest="lab/g", epoch=1, source="s", destination="d", timeout=10.0)
 
 
 def test_every_row_names_an_event_and_an_action() -> None:
@@ -216,6 +216,16 @@ def test_a_lease_bound_guest_waits_for_its_lease() -> None:
         destination.handle(event, 0.0)
     assert destination.handle(ev.Received(True), 0.0) == []
     assert destination.handle(ev.LeaseValid(), 0.0) == [ev.Start()]
+
+
+def test_the_coordinator_asks_both_sides_to_settle_by_no_clock_but_its_own() -> None:
+    """A handover opened by a peer whose wall clock is days ahead ends like every other."""
+    now = 77.0
+    coordinator = handover.Coordinator(migration(), failover=False)
+    (wake,) = coordinator.handle(ev.Begin(), now)
+    assert wake == WakeAt("m", now + migration().timeout)
+    settle, again = ev.Settle("m"), WakeAt("m", wake.at + handover.RETRY)
+    assert coordinator.handle(Woken("m"), wake.at) == [Send("s", settle), Send("d", settle), again]
 
 
 def test_the_coordinator_fails_over_only_what_a_lease_binds() -> None:

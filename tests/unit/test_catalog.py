@@ -48,7 +48,7 @@ def refused(state: State, entry: e.Entry, words: str, client: str = "", time: fl
 
 
 HANDOVER = e.Handover(
-    migration="1" * 32, guest="lab/vm", epoch=1, source=A.id, destination=B.id, expires=50.0
+    migration="1" * 32, guest="lab/vm", epoch=1, source=A.id, destination=B.id, timeout=50.0
 )
 
 
@@ -113,6 +113,17 @@ def test_a_peer_with_guests_leaves_only_by_force(mesh: State) -> None:
         mesh.find_peer("virginia")
     alone = run(mesh, e.RemovePeer(peer=A.id, force=True))
     refused(alone, e.RemovePeer(peer=C.id, force=True), "is the only peer of its mesh")
+
+
+def test_a_peer_that_a_guest_is_coming_to_leaves_only_by_force(mesh: State) -> None:
+    """The guest may run there already; without its record of that the source's older copy would go on."""
+    mesh = run(mesh, HANDOVER)
+    refused(mesh, e.RemovePeer(peer=B.id), "lab/vm is being moved to virginia")
+    evicted = run(mesh, e.RemovePeer(peer=B.id, force=True))
+    hint = refused(evicted, e.SetWanted(guest="lab/vm", wanted="stopped"), "is being moved to virginia").hint
+    assert hint is not None
+    assert "mobictl vm adopt lab/vm" in hint
+    run(evicted, e.Failover(migration=HANDOVER.migration, reason="an operator said so"))
 
 
 # Looking up.
@@ -267,7 +278,7 @@ def test_whatever_is_tried_each_epoch_has_one_owner(tried: list[Any]) -> None:
                 epoch=epoch,
                 source=now.owner,
                 destination=other.id,
-                expires=9.0,
+                timeout=9.0,
             ),
             "done": e.Done(migration=id),
             "cancel": e.Cancel(migration=id, by=one.id),

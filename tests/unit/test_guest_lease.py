@@ -37,7 +37,7 @@ def state(owner: str = ME, epoch: int = 2, **migration: Any) -> State:
             "epoch": epoch,
             "source": OTHER,
             "destination": ME,
-            "expires": 9,
+            "timeout": 9,
         }
         found["m"] = entries.Migration.model_validate({**given, **migration})
     return State(guests={"lab/g": guest}, migrations=found)

@@ -38,7 +38,7 @@ POOL: list[e.Entry] = [
     e.AddGuest(guest=guest(env={"Z": "1", "A": "2"}, on_partition="freeze")),
     e.AddGuest(guest=guest("lab/other", B.id)),
     e.Report(guest="lab/vm", owner=A.id, epoch=1, state="running", started=3.0),
-    e.Handover(migration="1" * 32, guest="lab/vm", epoch=1, source=A.id, destination=B.id, expires=50.0),
+    e.Handover(migration="1" * 32, guest="lab/vm", epoch=1, source=A.id, destination=B.id, timeout=50.0),
     e.Done(migration="1" * 32),
     e.Cancel(migration="1" * 32, by=A.id, reason="why"),
     e.FailOverGuest(guest="lab/vm", epoch=1, owner=B.id),

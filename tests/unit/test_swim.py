@@ -154,7 +154,7 @@ def test_an_answer_through_a_helper_or_to_the_second_ping_is_one(by_helper: bool
 
 
 def doubting(peer: str, rtt: float) -> Rig:
-    """A member that stood still so often that it doubts itself; it has just asked `peer`, which is far away."""
+    """A member that stood still so often that it doubts itself; it has just asked `peer`, far away."""
     rig = Rig(peer)
     for _ in range(SETTINGS.worst_health):
         rig.now += 100.0
