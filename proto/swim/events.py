@@ -81,7 +81,9 @@ class Settings:
     interval: float = 1.0
     """Between two probes of a healthy member."""
     timeout: float = 0.25
-    """Without an answer for so long, or three round trips, a probe asks helpers and tries once more."""
+    """Without an answer for so long, or three round trips, a probe asks helpers and goes on trying itself."""
+    tries: int = 4
+    """Pings of one probe to its member, a timeout apart."""
     longest_timeout: float = 2.5
     helpers: int = 3
     suspicion: float = 3.0

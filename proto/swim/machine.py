@@ -157,6 +157,8 @@ class Swim:
                 self._next_probe(now)
             case "help", int(number):
                 self._ask_helpers(number, now)
+            case "again", int(number):
+                self._try_again(number, now)
             case "verdict", int(number):
                 self._fail(number, now)
             case "nack", int(number):
@@ -178,7 +180,7 @@ class Swim:
 
     def _period(self, peer: str) -> float:
         """How long a probe of `peer` takes at most: its answer, then that of a helper, who may be far."""
-        return max(self._settings.interval, 4 * self._timeout(peer))
+        return max(self._settings.interval, self._settings.tries * self._timeout(peer))
 
     # Members.
 
@@ -235,10 +237,11 @@ class Swim:
                 return
 
     def _probe(self, peer: str, now: float) -> None:
-        factor = self._awareness.factor
+        settings, factor = self._settings, self._awareness.factor
         # Poor health means a slow process, which adds the same to all distances: no long one is multiplied.
-        timeout = min(self._settings.longest_timeout, factor * self._timeout(peer))
-        probe = Probe(peer, now + max(self._settings.interval * factor, 4 * timeout))
+        timeout = min(settings.longest_timeout, factor * self._timeout(peer))
+        patience = max(settings.interval * factor, settings.tries * timeout)
+        probe = Probe(peer, now + patience, timeout)
         probe.hopeless = peer in self._beliefs.dead
         number = self._ping(probe, now)
         self._agenda.add(now + timeout, "help", number)
@@ -265,7 +268,16 @@ class Swim:
         for helper in probe.helpers:
             news = self._beliefs.news.take(LIMIT - PING_FOR_BASE)
             self._send(helper, PingFor(number, probe.target, wait, news))
+        self._try_again(number, now)
+
+    def _try_again(self, number: int, now: float) -> None:
+        found = self._probes.find(number)
+        if found is None:
+            return
+        probe, _ = found
         self._ping(probe, now)
+        if len(probe.numbers) < self._settings.tries:
+            self._agenda.add(now + probe.timeout, "again", number)
 
     def _fail(self, number: int, now: float) -> None:
         found = self._probes.find(number)

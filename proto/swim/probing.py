@@ -5,8 +5,10 @@ Members are probed in rounds: each exactly once a round, in an order that is new
 until a crashed one is probed is bounded and no two members probe in step. The order is that of the multiples
 of a random number without a common divisor with the members' count, which needs no list of its own.
 
-A probe that gets no answer in time asks helpers to try, and tries once more itself; only when all of that is
-silent too does it fail.
+A probe that gets no answer in time asks helpers to try, and goes on trying itself; only when all of that is
+silent too does it fail. The paper's probe has one try of its own. Each failure is told to all members, and
+refuted to all, so with one try the bytes that a member sends at 10 % loss grow with the members' number;
+three tries more make failures so rare that this does not show at 1,000 members.
 """
 
 from __future__ import annotations
@@ -45,10 +47,13 @@ class Rounds:
 
 @dataclass(slots=True)
 class Probe:
-    """A question to `target` whether it is there; `verdict` is when its silence counts."""
+    """A question to `target` whether it is there; `verdict` is when its silence counts, `timeout` the seconds
+    from one try to the next.
+    """
 
     target: str
     verdict: float
+    timeout: float
     hopeless: bool = False
     """It looks dead anyway: no helpers, and its silence says nothing new."""
     numbers: list[int] = field(default_factory=list)

@@ -124,7 +124,7 @@ def first_ping(rig: Rig) -> tuple[str, Ping]:
                 return peer, packet
 
 
-def test_silence_asks_helpers_and_tries_once_more() -> None:
+def test_silence_asks_helpers_and_goes_on_trying() -> None:
     rig = Rig(A, B, C, D)
     target, ping = first_ping(rig)
     sent = rig.until(rig.now + SETTINGS.timeout)
@@ -136,6 +136,9 @@ def test_silence_asks_helpers_and_tries_once_more() -> None:
         assert (packet.number, packet.target) == (ping.number, target)
         assert 0 < packet.wait < 1000
     assert [peer for peer, _ in of(Ping, sent)] == [target]
+    rest = rig.until(rig.now + SETTINGS.interval - 1.01 * SETTINGS.timeout)
+    assert [peer for peer, _ in of(Ping, rest)] == [target] * (SETTINGS.tries - 2)
+    assert rig.turned == []
 
 
 @pytest.mark.parametrize("by_helper", [True, False])
