@@ -399,7 +399,7 @@ class Migrations:
     async def _destination_lost(self, migration: entries.Migration, loss: PeerLost) -> None:
         """It does not run there if its processes are held to the lease: the source's copy goes on."""
         guest = self._catalog.state.guests.get(migration.guest)
-        bound = guest is not None and (guest.on_partition, guest.held_to) == ("freeze", "freeze")
+        bound = guest is not None and guest.ends_with_lease
         for effect in Coordinator(migration, failover=bound).handle(ev.PeerLost(), trio.current_time()):
             if isinstance(effect, ev.Propose):
                 await self._catalog.fence(loss.peer, effect.entry, loss.term)

@@ -277,10 +277,9 @@ def _remove_peer(state: State, entry: e.RemovePeer, _client: str) -> State:
             "conflict", f"{coming.guest} is being moved to {member.name}", "wait until that has ended"
         )
     for guest in guests:
-        # What may run there until a lease is out waits for that; the coordinator then gives it a new owner.
-        bound = (guest.on_partition, guest.held_to, guest.wanted) == ("freeze", "freeze", "running")
+        # What may run there until a lease is out waits for that, and the coordinator then decides.
         resting = guest.state in ("stopped", "failed", "lost")
-        update = {"state": "fenced" if bound and not resting else "lost"}
+        update = {"state": "fenced" if guest.ends_with_lease and not resting else "lost"}
         state = _change_guest(state, guest, message=f"{member.name} was evicted", **update)
     keys = tuple(key.model_copy(update={"stale": True}) for key in state.gossip_keys)
     return _change_member(replace(state, gossip_keys=keys), member.id, status="left")
@@ -542,7 +541,7 @@ def _fail_over_guest(state: State, entry: e.FailOverGuest, client: str) -> State
     _by_coordinator(client)
     guest = _unowned(state, entry.guest, entry.epoch)
     owner = _member(state, entry.owner)
-    if (guest.on_partition, guest.held_to) != ("freeze", "freeze"):
+    if not guest.ends_with_lease:
         raise Refused("conflict", f"{guest.key} runs on without a lease: nothing proves that it has ended")
     if guest.wanted != "running":
         raise Refused("conflict", f"{guest.key} is wanted {guest.wanted}, not running")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from proto import entries, failover, voters
-from proto.entries import Entry, FailOverGuest, Member, Proposal, SetLease
+from proto.entries import Entry, FailOverGuest, MarkGuest, Member, Proposal, SetLease
 from proto.intake import Intake
 from proto.lease_events import PeerLost, Renew
 from proto.leases import Grantor, GrantorEffect
@@ -101,7 +101,8 @@ class Coordinator:
         if number is not None:
             self.grantor.lift(number)
             self._setting.pop(number, None)
-        if self.settled and number is not None and proposal and isinstance(proposal.entry, FailOverGuest):
+        decided = proposal.entry if proposal and number is not None else None
+        if self.settled and isinstance(decided, FailOverGuest | MarkGuest):
             return self.members_changed(look())
         if self.settled or term != self.term:
             return []

@@ -175,6 +175,12 @@ class Guest(Thing):
         """Whether it runs only while its owner has a lease."""
         return self.on_partition == "freeze"
 
+    @property
+    def ends_with_lease(self) -> bool:
+        """Whether it surely stands still once its owner has no lease: it is bound to one, and its processes
+        are held to that already."""
+        return (self.on_partition, self.held_to) == ("freeze", "freeze")
+
 
 class Impairment(Thing):
     """What a link does to frames in one direction: seconds, probabilities, bytes/s (0: no limit)."""
@@ -274,8 +280,12 @@ class DrainPeer(Entry):
 
 
 class RemovePeer(Entry):
-    """A peer left or was evicted: its key opens nothing any more. Refused while it owns guests, unless
-    `force` (they are then lost; those that are lease-bound and run are fenced, and go to another peer)."""
+    """A peer left or was evicted: its key opens nothing any more.
+
+    Refused while it owns guests or one is on its way there, unless `force`. Its guests are then lost; those
+    that are lease-bound and run are fenced until the lease is out, and go to another peer if they are wanted
+    running.
+    """
 
     kind: Literal["remove-peer"] = "remove-peer"
     peer: str

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What becomes of the guests of a peer whose lease has run out: the coordinator's decision, as entries.
 
-Only guests that are bound to a lease (`on-partition: freeze`) and that people want running are touched; a
-guest that runs on without a lease may do so on the other side of a cut, and nobody here can know. One that is
-being moved is left to its handover (`proto/handover.py`). Each of the others gets the peer with most memory
+Only guests that are bound to a lease (`on-partition: freeze`) are touched; a guest that runs on without a
+lease may do so on the other side of a cut, and nobody here can know. One that is being moved is left to its
+handover (`proto/handover.py`). Each of the others that people want running gets the peer with most memory
 left after those placed before it, at the site where its lab wants it if that can be; if there is no room at
-all, it is marked `fenced`, and looked at again as long as its peer stays lost.
+all, it is marked `fenced`, and looked at again as long as its peer stays lost. One that is not wanted running
+waits for its peer; if that has left the mesh, it is marked `lost`: only now may people start it elsewhere.
 
 The entries name the epoch they were decided in, so that one that comes too late changes nothing.
 """
@@ -47,6 +48,10 @@ def fail_over(state: State, lost: str, hosts: Mapping[str, Host]) -> list[FailOv
     for guest in sorted(state.guests_of(lost), key=lambda guest: guest.key):
         if not concerns(state, guest):
             continue
+        if guest.wanted != "running":
+            message = f"{state.peer_name(lost)} has left the mesh, with what was on its disks"
+            entries.append(MarkGuest(guest=guest.key, epoch=guest.epoch, state="lost", message=message))
+            continue
         best = _best(state, guest, hosts, free)
         if best is None:
             entries += _mark(state, guest)
@@ -58,10 +63,11 @@ def fail_over(state: State, lost: str, hosts: Mapping[str, Host]) -> list[FailOv
 
 
 def concerns(state: State, guest: Guest) -> bool:
-    """Whether the loss of its owner is a reason to start this guest elsewhere."""
+    """Whether something is to be decided of this guest once no lease of its owner holds any more."""
+    stays = state.members[guest.owner].status == "member"
     return (
-        (guest.on_partition, guest.held_to) == ("freeze", "freeze")
-        and guest.wanted == "running"
+        guest.ends_with_lease
+        and (guest.wanted == "running" or not stays)
         and guest.state in _RUNS
         and state.open_migration(guest.key) is None
     )

@@ -110,7 +110,9 @@ class Operator:
             return
         to = self.world.rng.choice(self._members())
         process = self.world.hosts[guest.owner].process
-        if guest.state in ("stopped", "failed", "pending"):
+        # Any other lost guest may run on where it was; whether it does, people must know.
+        surely_lost = guest.state == "lost" and guest.ends_with_lease
+        if guest.state in ("stopped", "failed", "pending") or surely_lost:
             self._ask(entries.MoveGuest(guest=guest.key, epoch=guest.epoch, owner=to))
         elif process is not None:
             process.host.after(0.0, process.here, process.moves.migrate, guest.key, to, lambda _refused: None)

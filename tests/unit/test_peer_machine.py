@@ -523,6 +523,23 @@ def test_an_evicted_peers_bound_guests_wait_for_its_lease_and_start_elsewhere() 
     assert len(leader.lost) == told, "nothing hangs on it any more"
 
 
+def test_an_evicted_peers_guest_that_is_not_wanted_running_is_lost_only_when_the_lease_is_out() -> None:
+    """Nobody has seen it stop there, so that nobody may start it elsewhere before."""
+    cluster = mesh("abcd", "abc")
+    cluster.commit("a", guest("going", "d", state="running", wanted="stopped"))
+    cluster.run(0.5)
+    cluster.split("d", "abc")
+    cluster.commit("a", e.RemovePeer(peer=ident("d"), force=True))
+    leader = cluster.leader
+    assert held(cluster, cluster.hosts["d"])
+    assert leader.state.guests["lab/going"].state == "fenced"
+    cluster.until(lambda: leader.state.guests["lab/going"].state == "lost")
+    assert not held(cluster, cluster.hosts["d"])
+    told = len(leader.lost)
+    cluster.run(5.0)
+    assert len(leader.lost) == told, "nothing hangs on it any more"
+
+
 def test_a_guest_for_which_nobody_has_room_is_marked_once_and_goes_on_when_there_is() -> None:
     cluster = mesh("abcd", "abc")
     cluster.commit("a", guest("big", "d", memory=8 << 30))
