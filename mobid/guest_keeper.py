@@ -29,6 +29,7 @@ from mobid.stale_guests import keep_aside, stood_for
 from proto import deploy, entries
 from proto.agent import AgentError
 from proto.api import UNDECIDED, OperationError
+from proto.handover import right_after_failover
 from proto.reconcile import Actual, Host, Step, Verdict, after_end, is_failure, next_step
 
 logger = structlog.get_logger(__name__)
@@ -158,6 +159,7 @@ class Keeper:
         while not self._leaving:
             pulse, fresh = self._pulse, self._k.catalog.fresh
             async with self.busy:
+                self._take_back()
                 await self._take_notice()
                 reported = await self._report()
                 step = self._next_step() if reported or self._goes_on_alone() else Step.NOTHING
@@ -191,6 +193,15 @@ class Keeper:
             outdated=local is not None and _outdated(local.record, wanted),
         )
         return next_step(wanted, self._k.me, actual, trio.current_time())
+
+    def _take_back(self) -> None:
+        """A handover of which this peer may never have known has failed over: the copy here is the guest."""
+        if self.local is None or self.held:
+            return
+        record = self.local.record
+        epoch = right_after_failover(self._k.catalog.state, self._k.me, record.id, record.epoch)
+        if epoch != record.epoch:
+            self.local.save(epoch=epoch)
 
     def _is_stale(self, guest: entries.Guest) -> bool:
         """Whether what is here was made by an earlier right than the catalog gives now: whatever became of

@@ -35,6 +35,7 @@ from mobid.signal import Changed
 from mobid.stale_guests import keep_aside, stood_for
 from proto import deploy, entries
 from proto.api import OperationError
+from proto.handover import right_after_failover
 from proto.reconcile import missing_features
 from proto.state import State
 from proto.units import format_size
@@ -242,10 +243,8 @@ class Guests:
     async def unhold(self, local: LocalGuest) -> None:
         """Give a guest back to its keeper: it stays here, as it is now."""
         await local.look()
-        epoch = local.record.epoch
-        migration = self.catalog.state.migrations.get(local.record.migration)
-        if migration is not None and migration.state == "failed-over" and migration.source == self.me:
-            epoch = migration.epoch + 2
+        record = local.record
+        epoch = right_after_failover(self.catalog.state, self.me, record.id, record.epoch)
         local.save(migration="", epoch=epoch)
         self._wake(local.record.id)
 

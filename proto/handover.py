@@ -61,6 +61,7 @@ from proto.handover_events import (
     Thaw,
 )
 from proto.machine import Persist, Send, WakeAt, Woken
+from proto.state import State
 
 RETRY = 1.0
 """Seconds between two attempts at something that must come true."""
@@ -148,6 +149,20 @@ def is_superseded(migration: Migration, id: str | None, guest: Guest | None) -> 
     under its name now.
     """
     return guest is None or id not in (None, guest.id) or guest.epoch > migration.epoch + 1
+
+
+def right_after_failover(state: State, peer: str, id: str, epoch: int) -> int:
+    """The epoch by which `peer` has its copy of the guest `id`, which was made by the right `epoch`.
+
+    It is a later one if a handover from there has failed over: nobody else's right is left,
+    and the source's copy is the guest, whether the source ever knew that the handover was open or not.
+    """
+    for migration in state.migrations.values():
+        if (migration.source, migration.epoch, migration.state) == (peer, epoch, "failed-over"):
+            guest = state.guests.get(migration.guest)
+            if guest is not None and guest.id == id:
+                return epoch + 2
+    return epoch
 
 
 def _reason(event: Event) -> str:

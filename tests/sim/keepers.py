@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from proto import entries, reconcile
 from proto.api import OperationError
+from proto.handover import right_after_failover
 from proto.reconcile import Actual, Phase, Step
 from tests.sim.hosts import Copy, CopyPhase
 
@@ -69,8 +70,14 @@ class Keepers:
             if id not in self._busy:
                 self._step(id, known.get(id), self._host.copies.get(id))
 
+    def take_back(self, copy: Copy) -> None:
+        """A handover of which this peer may never have known has failed over: the copy here is the guest."""
+        copy.epoch = right_after_failover(self._process.state, self._host.id, copy.guest.id, copy.epoch)
+
     def _step(self, id: str, guest: entries.Guest | None, copy: Copy | None) -> None:
         held = copy is not None and bool(copy.migration)
+        if copy is not None and not held:
+            self.take_back(copy)
         paused = copy is not None and "pause" in copy.frozen_by
         phase: Phase = "absent" if copy is None else "paused" if paused else PHASES[copy.phase]
         actual = Actual(

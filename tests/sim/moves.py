@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 ANSWER_TIMEOUT = 3.0
 SETTLE_TIMEOUT = 2.0
 DEADLINE = 20.0
+FORGET_AFTER = 8.0
+"""Seconds after which nobody waits for a proposal any more."""
 
 
 @dataclass(eq=False)
@@ -105,13 +107,22 @@ class Moves:
         self._asked.add(id)
 
         def decided(_index: int, refused: OperationError | None) -> None:
-            if refused is not None:
+            migration = self._process.state.migrations.get(id)
+            if refused is None and migration is not None and id not in self._shells:
+                self._begin_source(migration)
+            elif refused is not None:
                 copy.migration = ""
-            else:
-                self.look(self._process.state)
             answer(refused)
 
-        self._process.propose(entry, decided)
+        def undecided() -> None:
+            """Whether it was opened shows later: `look` finds it then."""
+            self._process.give_up(sequence)
+            if copy.migration == id and id not in self._process.state.migrations:
+                copy.migration = ""
+                self._process.keepers.wake()
+
+        sequence = self._process.propose(entry, decided)
+        self._process.after(FORGET_AFTER, undecided)
 
     def look(self, state: State) -> None:
         """The log has moved: new handovers of ours begin, closed ones are told."""
@@ -137,6 +148,8 @@ class Moves:
         self._shells[migration.id] = shell
         self._world.streams[migration.id] = Stream(self._process)
         self._tell(shell, ev.Begin())
+        if migration.state != "open":
+            self._tell_closed(shell, migration)
         self._process.after(DEADLINE * self._rng.random() * 2, self._tell, shell, ev.Abort("out of time"))
 
     def take_up(self) -> None:
@@ -340,9 +353,7 @@ class Moves:
         copy = self._copy(shell.migration)
         if copy is None or copy.phase != "frozen":
             return
-        known = self._process.state.migrations.get(shell.migration.id)
-        if known is not None and known.state == "failed-over":
-            copy.epoch = shell.migration.epoch + 2
+        self._process.keepers.take_back(copy)
         if copy.lease_bound and self._process.keepers.entitled(copy):
             copy.deadline = max(copy.deadline, self._process.lease)
         self._host.let_run(copy)  # at once: the worst case for "two copies run"
@@ -467,8 +478,7 @@ class Moves:
         copy = self._copy(shell.migration)
         if copy is not None and copy.migration == shell.migration.id:
             copy.migration = ""
-            if effect.outcome == "failed-over" and shell.side == "source":
-                copy.epoch = shell.migration.epoch + 2
+            self._process.keepers.take_back(copy)
         self._process.keepers.wake()
 
     # At the coordinator.
