@@ -3,14 +3,8 @@
 
 What is agreed is decided by the machine of `proto/peer.py`, which every peer runs; a `Driver` keeps it going.
 This is its face to the other parts: they read the newest state, wait for it to change, and propose entries.
-A proposal is made true by the coordinator, whoever that is; this peer learns what became of it from its own
-copy of the log, so no answer can get lost and nothing is done twice. A question that must not be answered
-from an old copy is a `read`.
-
-Proposals are numbered within one start of the peer, and starts by a number that grows, the *boot*: those of
-an earlier start mean nothing once a later one is known. A peer that has lost its catalog and whose clock was
-put back may begin with too low a number. It notices when the log brings a proposal of its own that it never
-made, takes a higher one, and proposes again what is under way, which cannot become true any more as it is.
+A proposal is made true by the coordinator, whoever that is (`mobid/proposals.py`); who that is, and why there
+may be none, says `mobid/quorum.py`. A question that must not be answered from an old copy is a `read`.
 """
 
 from __future__ import annotations
@@ -28,8 +22,9 @@ import structlog
 import trio
 
 from mobid.driver import Driver
-from mobid.lease import Lease, boottime
-from mobid.mail import FAREWELL
+from mobid.lease import Lease
+from mobid.proposals import Proposals
+from mobid.quorum import Leadership, Quorum
 from mobid.signal import Changed
 from mobid.stamps import HybridClock
 from mobid.store import Store
@@ -44,8 +39,6 @@ from proto.peer_events import (
     Effect,
     Event,
     Fence,
-    GivenUp,
-    Proposed,
     Readable,
     Restored,
     Settings,
@@ -54,17 +47,11 @@ from proto.peer_events import (
 )
 from proto.raft.configuration import Configuration
 from proto.raft.events import TIMER, Became, Durable, Read, ReadFailed, Role, TransferTo
-from proto.state import SESSION_WINDOW, State
+from proto.state import State
 from proto.swim.packets import Reach
-
-QUEUE = SESSION_WINDOW // 2
-"""Proposals of this peer that are under way at once; few enough that none is forgotten too early."""
 
 BACKLOG = 4096
 """Applied entries that are kept for those who follow them one by one."""
-
-SILENT_AFTER = 3.0
-"""A voter not heard for so long, and three election times, does not answer."""
 
 FULL_PATIENCE = 1.0
 """How long a coordinator with a full disk waits for others to make a proposal true without it."""
@@ -80,35 +67,11 @@ log = structlog.get_logger()
 
 
 @dataclass
-class _Pending:
-    """Somebody waits for an answer of the machine."""
+class _Reading:
+    """Somebody waits for a read; `state` is None if it failed."""
 
     done: trio.Event = field(default_factory=trio.Event)
-    index: int = 0
     state: State | None = None
-    error: OperationError | None = None
-    outdated: bool = False
-    """It was proposed with a boot that means nothing any more, and has not become true."""
-
-    def answer(self, error: OperationError | None) -> None:
-        if not self.done.is_set():
-            self.error = error
-            self.done.set()
-
-    def outdate(self) -> None:
-        if not self.done.is_set():
-            self.outdated = True
-            self.done.set()
-
-
-@dataclass(frozen=True)
-class Leadership:
-    """Who coordinates, as far as this peer knows. `since` is seconds since 1970."""
-
-    role: Role = "observer"
-    term: int = 0
-    leader: str = ""
-    since: float = 0.0
 
 
 class Catalog:
@@ -143,19 +106,13 @@ class Catalog:
         self._backlog: list[tuple[int, entries.Proposal]] = []
         self._first = 1
         self._fresh = False
-        self._boot = 0
-        self._sequence = 0
-        self._slots = trio.CapacityLimiter(QUEUE)
-        self._proposals: dict[int, _Pending] = {}
+        self._proposals = Proposals(own, self._stamps, self.feed, lambda: self._state)
+        self.quorum = Quorum(self, own, settings.raft.election)
         self._cookies = itertools.count(1)
-        self._reads: dict[int, _Pending] = {}
+        self._reads: dict[int, _Reading] = {}
         self._lost: dict[str, tuple[int, PeerLost]] = {}
         self._loss_numbers = itertools.count(1)
         self._losses = Changed()
-        self._heard: dict[str, float] = {}
-        self._looks: dict[str, Reach] = {}
-        self._left: dict[str, float] = {}
-        self._begun = boottime()
 
     # Beginning.
 
@@ -187,17 +144,7 @@ class Catalog:
         self.feed(Woken(TIMER))
         while self._machine.behind:
             self.feed(Woken(TIMER))
-        self._take_boot()
-
-    def _take_boot(self) -> None:
-        """Number this start, later than every one that is known of."""
-        session = self._state.sessions.get(self._own)
-        self._boot = self._store.next_boot(max(time.time_ns(), session.boot + 1 if session else 0))
-
-    def _outdated(self) -> bool:
-        """Whether the log has proposals of this peer that were not made in this start, nor before it."""
-        session = self._state.sessions.get(self._own)
-        return session is not None and (session.boot, session.newest) > (self._boot, self._sequence)
+        self._proposals.begin(self._store)
 
     def feed(self, event: Event) -> None:
         """Give the machine an event."""
@@ -206,7 +153,7 @@ class Catalog:
 
     def receive(self, peer: str, data: bytes) -> None:
         """A message came from a member, whose key the connection proved."""
-        self._heard[peer] = boottime()
+        self.quorum.heard(peer)
         if self._driver is not None:
             self._driver.receive(peer, data)
 
@@ -216,9 +163,7 @@ class Catalog:
         One that has just left is still told so.
         """
         found = self._state.members.get(peer) or self._bootstrap.members.get(peer)
-        if found is None or (found.status == "left" and boottime() > self._left.get(peer, 0.0) + FAREWELL):
-            return None
-        return found
+        return found if found is not None and self.quorum.is_spoken_to(found) else None
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take part in keeping the catalog, as long as the peer lasts."""
@@ -258,18 +203,16 @@ class Catalog:
             await driver.filled.wait()
             await trio.sleep(FULL_PATIENCE)
             if driver.full is not None and self.leads:
-                for pending in list(self._proposals.values()):
-                    pending.answer(driver.full)
+                self._proposals.fail(driver.full)
 
     async def _watch_majority(self) -> None:
         """Whoever waits for what nobody can decide is told so when that is known, instead of waiting on."""
         told = False
         while True:
             await trio.sleep(LOOK_PAUSE)
-            error = self._hopeless()
+            error = self.quorum.hopeless()
             if error is not None:
-                for pending in list(self._proposals.values()):
-                    pending.answer(error)
+                self._proposals.fail(error)
                 if not told:
                     self._changed.set()
             told = error is not None
@@ -288,7 +231,7 @@ class Catalog:
                 self._take(effect)
             case Restored(state):
                 self._state = state
-                self._skipped()
+                self._proposals.skipped()
                 self._stamps.witness(hlc.of_time(state.time))
                 self._backlog.clear()
                 self._first = state.index + 1
@@ -310,44 +253,17 @@ class Catalog:
     def _take(self, applied: Applied) -> None:
         before, self._state = self._state, applied.state
         if self._state.members is not before.members:
-            self._note_who_left(before)
+            self.quorum.note_who_left(before, self._state)
         proposal = applied.proposal
         if proposal is not None:
             self._stamps.witness(proposal.stamp)
-        if proposal is not None and (proposal.client, proposal.boot) == (self._own, self._boot):
-            pending = self._proposals.get(proposal.sequence)
-            if pending is not None:
-                pending.index = applied.index
-                pending.answer(applied.refused)
-        if self._outdated():
-            for pending in self._proposals.values():
-                pending.outdate()
+        self._proposals.applied(applied)
         if proposal is not None and applied.refused is None and not applied.repeated:
             self._backlog.append((applied.index, proposal))
             if len(self._backlog) > 2 * BACKLOG:
                 del self._backlog[:BACKLOG]
                 self._first = self._backlog[0][0]
         self._changed.set()
-
-    def _skipped(self) -> None:
-        """Records were not seen one by one. If the boot is outdated by them, what is under way may have
-        become true before it was."""
-        if self._outdated():
-            for pending in self._proposals.values():
-                pending.answer(
-                    OperationError(
-                        "no-leader",
-                        "this peer has just been given a newer state, which does not tell whether the change "
-                        "has become true",
-                        "look again in a moment",
-                    )
-                )
-
-    def _note_who_left(self, before: State) -> None:
-        for peer, member in self._state.members.items():
-            known = before.members.get(peer)
-            if member.status == "left" and known is not None and known.status == "member":
-                self._left[peer] = boottime()
 
     def _became(self, role: Role, term: int, leader: str) -> None:
         before = self._leadership
@@ -403,32 +319,13 @@ class Catalog:
         have taken it away and it has all that was decided."""
         return self._machine is not None and self._machine.raft.recovering
 
-    def missing(self) -> dict[str, float]:
-        """The voters that do not answer, and for how many seconds they have been silent. One that has left
-        the mesh will not answer any more, whenever it was last heard."""
-        now = boottime()
-        patience = SILENT_AFTER + 3 * self._settings.raft.election
-        found = {}
-        for peer in self.voters - {self._own}:
-            silence = now - self._heard.get(peer, self._begun)
-            member = self._state.members.get(peer)
-            left = member is not None and member.status == "left"
-            if left or (self._looks.get(peer) != "alive" and silence > patience):
-                found[peer] = silence
-        return found
-
-    def dispensable(self, peer: str) -> bool:
-        """Whether the mesh could decide without this peer, if it were gone now."""
-        settled = self.configuration
-        return settled.quorum(settled.deciding - self.missing().keys() - {peer})
-
     async def hand_over(self, timeout: float) -> None:
         """Let another voter coordinate, if this peer does; raises `OperationError(conflict)`."""
         deadline = trio.current_time() + timeout
         for attempt in itertools.count():
             if not self.leads:
                 return
-            heirs = sorted(self.voters - self.missing().keys() - {self._own}, key=self._drains)
+            heirs = self.quorum.heirs()
             if trio.current_time() >= deadline:
                 raise OperationError("conflict", "no other voter has taken over", "try again in a moment")
             if heirs:
@@ -436,60 +333,16 @@ class Catalog:
             with trio.move_on_after(min(HAND_OVER_PAUSE, timeout)):
                 await self._changed.wait_until(lambda: not self.leads)
 
-    def _drains(self, peer: str) -> bool:
-        member = self._state.members.get(peer)
-        return member is not None and member.draining
-
-    def no_leader(self) -> OperationError:
-        """Why there is no coordinator, in words; `no-leader` while there may soon be one."""
-        if not self.voters:
-            return OperationError(
-                "no-leader",
-                "no coordinator: this peer has no catalog yet and none of the members it knows has answered",
-                "start the peers of the mesh, or mend the network between them",
-            )
-        return self._no_majority() or OperationError(
-            "no-leader", "no coordinator right now: one is being elected", "try again"
-        )
-
-    def _no_majority(self) -> OperationError | None:
-        """That too many voters are missing for a decision, if it is so as far as this peer sees."""
-        voters, missing = self.voters, self.missing()
-        lost = voters & {self._own} if self.recovering else frozenset[str]()
-        there = voters - missing.keys() - lost
-        if self._machine is None or self.configuration.quorum(there):
-            return None
-        why = {peer: f"silent for {silence:.0f} s" for peer, silence in missing.items()}
-        why |= dict.fromkeys(lost, "this peer, which has lost its log and must not vote as it is")
-        names = ", ".join(sorted(f"{self._state.peer_name(peer)} ({reason})" for peer, reason in why.items()))
-        hint = "start the missing peers again, or mend the network to them; what is there goes on as it is"
-        if lost and not self.configuration.quorum(voters - lost):
-            hint = (
-                "the others cannot decide without this peer: restore its catalog from a copy, or found a new "
-                "mesh in an empty --dir"
-            )
-        message = f"no coordinator: {len(there)} of {len(voters)} voters answer; missing: {names}"
-        return OperationError("no-majority", message, hint)
-
-    def _hopeless(self) -> OperationError | None:
-        """Why there is no use in waiting for a decision; None if there may be.
-
-        A coordinator that answers is hope enough: it may hear voters that this peer does not.
-        """
-        if self.leads or not self.voters or (self.leader and self.leader not in self.missing()):
-            return None
-        return self._no_majority()
-
     async def wait_leader(self, timeout: float) -> str:
         """The coordinator's id; waits for one to be elected, if there can be one.
 
         Raises `OperationError(no-leader, no-majority)`.
         """
         with trio.move_on_after(timeout):
-            await self._changed.wait_until(lambda: bool(self.leader) or self._hopeless() is not None)
-        if self.leader and self._hopeless() is None:
+            await self._changed.wait_until(lambda: bool(self.leader) or self.quorum.hopeless() is not None)
+        if self.leader and self.quorum.hopeless() is None:
             return self.leader
-        raise self.no_leader()
+        raise self.quorum.no_leader()
 
     # Reading.
 
@@ -538,30 +391,30 @@ class Catalog:
         Raises `OperationError(no-leader, no-majority)`.
         """
         with trio.move_on_after(timeout):
-            while (error := self._hopeless()) is None:
+            while (error := self.quorum.hopeless()) is None:
                 state = await self._read()
                 if state is not None:
                     return state
                 await trio.sleep(READ_PAUSE)
             raise error
-        raise self.no_leader()
+        raise self.quorum.no_leader()
 
     async def _read(self) -> State | None:
         """The same, asked once; None after a moment without a coordinator (`proto/raft/reads.py`)."""
-        cookie, pending = next(self._cookies), _Pending()
-        self._reads[cookie] = pending
+        cookie, reading = next(self._cookies), _Reading()
+        self._reads[cookie] = reading
         try:
             self.feed(Read(cookie))
-            await pending.done.wait()
+            await reading.done.wait()
         finally:
             self._reads.pop(cookie, None)
-        return pending.state
+        return reading.state
 
     def _answer_read(self, cookie: int, state: State | None) -> None:
-        pending = self._reads.get(cookie)
-        if pending is not None:
-            pending.state = state
-            pending.done.set()
+        reading = self._reads.get(cookie)
+        if reading is not None:
+            reading.state = state
+            reading.done.set()
 
     # Proposing.
 
@@ -579,51 +432,24 @@ class Catalog:
         disk is full. After these it may still become true, unless it was refused at once.
         """
         versions.check_entry(self._state, entry)
-        if (error := self._hopeless()) is not None:
+        if (error := self.quorum.hopeless()) is not None:
             raise error
         with trio.move_on_after(timeout):
-            async with self._slots:
-                return await self._propose(entry, request)
+            await self._check_disk()
+            return await self._proposals.propose(entry, request)
         raise self._unproposed(timeout)
 
-    async def _propose(self, entry: entries.Entry, request: str) -> int:
+    async def _check_disk(self) -> None:
+        """Nobody but this peer can make it true, and its disk is full: say so soon."""
         assert self._driver is not None
         if self._driver.full is not None and self.leads and self.voters == {self._own}:
             await trio.sleep(FULL_PATIENCE)
             if self._driver.full is not None:
                 raise self._driver.full
-        while True:
-            pending = await self._propose_once(entry, request)
-            if pending.error is not None:
-                raise pending.error
-            if not pending.outdated:
-                return pending.index
-
-    async def _propose_once(self, entry: entries.Entry, request: str) -> _Pending:
-        if self._outdated():
-            self._take_boot()
-        self._sequence += 1
-        sequence, pending = self._sequence, _Pending()
-        proposal = entries.Proposal(
-            entry=entry,
-            client=self._own,
-            boot=self._boot,
-            sequence=sequence,
-            request=request,
-            stamp=self._stamps.now(),
-        )
-        self._proposals[sequence] = pending
-        try:
-            self.feed(Proposed(proposal, time.time()))
-            await pending.done.wait()
-        finally:
-            if self._proposals.pop(sequence, None) is not None:
-                self.feed(GivenUp(sequence))
-        return pending
 
     def _unproposed(self, timeout: float) -> OperationError:
         if not self.leader:
-            return self.no_leader()
+            return self.quorum.no_leader()
         name = self._state.peer_name(self.leader)
         return OperationError(
             "no-leader",
@@ -637,9 +463,7 @@ class Catalog:
         self, peer: str, state: Reach, rtt: float | None = None, memory_free: int | None = None
     ) -> None:
         """A hint of how a member looks from here, and what its host has free."""
-        self._looks[peer] = state
-        if state == "alive":
-            self._heard[peer] = boottime()
+        self.quorum.sight(peer, state)
         self.feed(Sighted(peer, state, rtt, memory_free))
 
     async def lost(self) -> AsyncGenerator[PeerLost, None]:

@@ -69,7 +69,7 @@ class Mesh:
         `missing` are the voters that do not answer, and for how many seconds.
         """
         state, now = self._catalog.state, self._catalog.leadership
-        missing = self._catalog.missing()
+        missing = self._catalog.quorum.missing()
         return {
             "leader": state.peer_name(now.leader) if now.leader else None,
             "term": now.term,
@@ -304,13 +304,13 @@ class Mesh:
 
         A peer that is being drained gives its vote to another one, if there is one to take it.
         """
-        if self._catalog.dispensable(member.id):
+        if self._catalog.quorum.dispensable(member.id):
             return
         drained = member.draining
         if not drained:
             await self._catalog.propose(entries.DrainPeer(peer=member.id, draining=True))
         for _ in range(int(RELEASE_TIMEOUT / RELEASE_PAUSE)):
-            if self._catalog.dispensable(member.id):
+            if self._catalog.quorum.dispensable(member.id):
                 return
             await trio.sleep(RELEASE_PAUSE)
         if not drained:
@@ -319,7 +319,7 @@ class Mesh:
 
     def _indispensable(self, member: entries.Member) -> OperationError:
         state = self._catalog.state
-        missing = ", ".join(state.peer_name(peer) for peer in self._catalog.missing())
+        missing = ", ".join(state.peer_name(peer) for peer in self._catalog.quorum.missing())
         others = (m for m in state.members.values() if m.status == "member" and m.id != member.id)
         drained = [other.name for other in others if other.draining]
         message = f"without {member.name} too few of the mesh's voters would answer"

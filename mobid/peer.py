@@ -160,7 +160,7 @@ class Peer:
         result = await self.operations.run(request, args)
         if not self.catalog.leader:
             # What changes something could not have been done: this was a question, answered from an old copy.
-            request.remark = f"this may be old: {self.catalog.no_leader().message}"
+            request.remark = f"this may be old: {self.catalog.quorum.no_leader().message}"
         return result
 
     def _post(self, peer: str, data: bytes) -> None:

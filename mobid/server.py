@@ -34,6 +34,9 @@ from proto.identity import IdentityError, peer_id, public_key
 from proto.state import State
 
 MAX_CONNECTIONS = 512
+"""Connections at once. As many may wait to be accepted, which a busy peer does late: who comes to a full
+queue of a Unix socket takes itself for connected and finds the connection lost."""
+
 MAX_STRANGERS = 32
 """Connections that have not yet proved who they are; more are closed at once."""
 
@@ -70,7 +73,7 @@ def open_tcp(address: tuple[str, int]) -> trio.SocketListener:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
-        sock.listen(128)
+        sock.listen(MAX_CONNECTIONS)
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
@@ -92,7 +95,7 @@ def open_unix(path: Path) -> trio.SocketListener:
     before = os.umask(0o177)
     try:
         sock.bind(str(path))
-        sock.listen(64)
+        sock.listen(MAX_CONNECTIONS)
     except OSError as error:
         sock.close()
         raise OperationError(

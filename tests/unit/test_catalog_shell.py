@@ -80,7 +80,7 @@ async def test_the_only_voter_without_its_log_says_why_nobody_coordinates(tmp_pa
     store.close()
     catalog = Catalog(Store(tmp_path / "catalog"), A.id, nowhere, Settings())
     catalog.begin()
-    error = catalog.no_leader()
+    error = catalog.quorum.no_leader()
     assert error.message.startswith("no coordinator: 0 of 1 voters answer; missing: tokyo (this peer, ")
     assert "restore its catalog from a copy" in error.hint
     catalog.close()

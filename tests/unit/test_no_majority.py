@@ -11,8 +11,8 @@ import pytest
 import trio
 import trio.testing
 
-import mobid.catalog
 import mobid.driver
+import mobid.quorum
 from mobid.catalog import Catalog
 from mobid.lease import boottime
 from mobid.store import Store
@@ -61,7 +61,7 @@ def catalog(
     """That of the voter tokyo, whose mesh has two others; boot time goes as trio's does."""
     begun = boottime()
     start = autojump_clock.current_time()
-    for module in (mobid.catalog, mobid.driver):
+    for module in (mobid.quorum, mobid.driver):
         monkeypatch.setattr(module, "boottime", lambda: begun + autojump_clock.current_time() - start)
     store = Store(tmp_path / "catalog")
     store.write([log_of_three()])
