@@ -398,7 +398,11 @@ class Peer:
         self._end_soon()
 
     async def _keep_known(self) -> None:
-        """Keep who the members and voters are, for a start at which the catalog does not say it."""
+        """Keep who the members and voters are, for a start at which the catalog does not say it.
+
+        What the catalog says before it is up to date may be older than what is kept.
+        """
+        await self.catalog.wait(lambda _state: self.catalog.fresh)
         known = self._known
         while True:
             state, configuration = self.catalog.state, self.catalog.configuration

@@ -56,7 +56,7 @@ def found(own: str, member: entries.Member, mesh: str, wall: float) -> raft.Stor
 
 
 class Peer:
-    """The machine. `contacts` are members' ids from before this peer has a state; that then knows better."""
+    """The machine. `contacts` are the ids of the last members it knew, in case its state knows less."""
 
     def __init__(
         self,
@@ -375,7 +375,8 @@ class Peer:
             self._perform(self._holder.renew(self._now))
 
     def _tell_contacts(self) -> None:
-        """Replicas first, those that look alive first, the nearest first."""
+        """Replicas first, those that look alive first, the nearest first; and some of those that this state
+        does not know: they were members when this peer last ran, and the state may be older than that."""
         replicas = self.raft.configuration.replicas
 
         def order(peer: str) -> tuple[bool, bool, float, str]:
@@ -383,12 +384,10 @@ class Peer:
             rtt = look.rtt if look and look.rtt is not None else float("inf")
             return look is not None and look.state == "dead", peer not in replicas, rtt, peer
 
-        others = (
-            member.id
-            for member in self.state.members.values()
-            if member.status == "member" and member.id != self.own
-        )
-        contacts = tuple(sorted(others, key=order)[:CONTACTS]) or self._first_contacts
+        members = self.state.members
+        others = (m.id for m in members.values() if m.status == "member" and m.id != self.own)
+        unknown = [peer for peer in self._first_contacts if peer not in members][: CONTACTS // 2]
+        contacts = (*sorted(others, key=order)[: CONTACTS - len(unknown)], *unknown)
         if contacts != self._contacts:
             self._contacts = contacts
             self._inbox.append(raft.Contacts(contacts))

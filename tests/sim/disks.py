@@ -3,7 +3,8 @@
 
 Writes become durable in order, each after a while. A crash loses those that wait, except that the first of
 them may have come through, whole or in part: a write of several records may leave some (the torn tail that
-the log cuts off). A damaged log is cut at the damage, and its peer comes back *recovering*.
+the log cuts off). A peer with a damaged log moves what is left aside, and comes back *recovering*, with
+nothing but its ballot (`mobid/recovery.py`).
 """
 
 from __future__ import annotations
@@ -125,8 +126,8 @@ class Disk:
         """Something in the middle of the log cannot be read any more. False if the log is too short."""
         if len(self.records) < 3:
             return False
-        del self.records[self._rng.randrange(len(self.records) - 1) :]
-        self.commit = min(self.commit, self.base_index + len(self.records))
+        self.snapshot, self.records = Snapshot(), []
+        self.base_index = self.base_term = self.commit = 0
         self.recovering = True
         return True
 

@@ -265,7 +265,7 @@ class Faults:
         if self.survives_without(host):
             self.world.crash(host)
             if host.disk.damage():
-                self.world.say(host.name, f"its log is damaged: {len(host.disk.records)} records are left")
+                self.world.say(host.name, "its log is damaged, and set aside")
 
     def set_wall_clock(self) -> None:
         """Somebody sets the time."""

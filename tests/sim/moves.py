@@ -50,6 +50,8 @@ class Shell:
     machine: handover.Source | handover.Destination
     side: Literal["source", "destination"]
     wakes: int = 0
+    discards: Copy | None = None
+    """What is being removed: no keeper may have it any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,10 +466,14 @@ class Moves:
         self._later(shell, ev.Synced(self._rng.random() > 0.1))
 
     def _do_Discard(self, shell: Shell, _effect: ev.Discard) -> None:
+        copy = self._copy(shell.migration)
+        if copy is not None and copy.migration == shell.migration.id:
+            shell.discards = copy
+
         def discard() -> None:
-            copy = self._copy(shell.migration)
-            if copy is not None and copy.migration == shell.migration.id:
-                self._host.remove(copy)
+            if shell.discards is not None:
+                self._host.remove(shell.discards)
+                self._process.here(self._process.keepers.wake)
             self._process.here(self._tell, shell, ev.Discarded())
 
         self._host.by_shim(discard)
@@ -476,7 +482,7 @@ class Moves:
         self._world.say(self._host.name, f"{shell.side} is over: {effect.outcome} {effect.reason}")
         self._shells.pop(shell.migration.id, None)
         copy = self._copy(shell.migration)
-        if copy is not None and copy.migration == shell.migration.id:
+        if copy is not None and copy.migration == shell.migration.id and copy is not shell.discards:
             copy.migration = ""
             self._process.keepers.take_back(copy)
         self._process.keepers.wake()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -353,6 +354,24 @@ def test_a_voter_that_lost_its_log_recovers_although_its_place_cannot_be_taken()
     cluster.restart("c", "ab")
     cluster.until(lambda: not cluster.hosts["c"].machine.raft.recovering)
     cluster.settle_voters("abc")
+
+
+def test_a_peer_whose_log_knows_only_who_has_left_asks_those_it_last_knew() -> None:
+    """After a power cut the log may end before the members that were kept beside it joined."""
+    cluster = mesh("ad", "a")
+    cluster.commit("a", e.DrainPeer(peer=ident("d"), draining=True))  # it never votes
+    before = replace(deepcopy(cluster.hosts["d"].disk.stored), commit=cluster.hosts["d"].state.index)
+    cluster.join("b", "c")
+    cluster.settle_voters("abc")
+    cluster.commit("b", e.RemovePeer(peer=ident("a"), force=True))
+    for name in "abcd":
+        cluster.crash(name)
+    for name in "bc":
+        cluster.restart(name)  # who feeds nobody that has not asked since
+    cluster.hosts["d"].disk.stored = before
+    again = cluster.restart("d", "bc")
+    assert again.state.members.keys() == {ident("a"), ident("d")}
+    cluster.until(lambda: again.state.members[ident("a")].status == "left")
 
 
 def test_learners_that_nobody_wants_any_more_are_none_for_long() -> None:
