@@ -432,8 +432,7 @@ class Outgoing(Shell):
         self.feed(ev.Superseded())
 
     def _is_superseded(self, state: State) -> bool:
-        id = self.local.record.id if self.local is not None else None
-        return is_superseded(self.migration, id, state.guests.get(self.migration.guest))
+        return is_superseded(self.migration, state.guests.get(self.migration.guest))
 
     async def _discard(self) -> None:
         """The destination's copy is durable; ours may go, once it has been verified and measured.

@@ -578,6 +578,7 @@ def _handover(state: State, entry: e.Handover, _client: str) -> State:
     migration = e.Migration(
         id=entry.migration,
         guest=guest.key,
+        guest_id=guest.id,
         epoch=entry.epoch,
         source=source.id,
         destination=destination.id,

@@ -223,10 +223,14 @@ class Lab(Thing):
 
 
 class Migration(Thing):
-    """One handover of the right to run, open or closed. `id` is 32 hex digits; `timeout` as in `Handover`."""
+    """One handover of the right to run, open or closed. `id` is 32 hex digits; `timeout` as in `Handover`.
+
+    `guest_id` tells the guest `guest` from others that have its name later.
+    """
 
     id: str
     guest: str
+    guest_id: str
     epoch: int
     source: str
     destination: str

@@ -142,13 +142,10 @@ DESTINATION_TABLE: Mapping[DestinationState, Mapping[str, str]] = {
 """What the destination does on which event; `Logged` is handled by `logged` in every state."""
 
 
-def is_superseded(migration: Migration, id: str | None, guest: Guest | None) -> bool:
-    """Whether the right that this migration gives is not the last one for its guest.
-
-    `id` is that of the guest that was moved, None if nothing of it is left; `guest` is what the catalog has
-    under its name now.
-    """
-    return guest is None or id not in (None, guest.id) or guest.epoch > migration.epoch + 1
+def is_superseded(migration: Migration, guest: Guest | None) -> bool:
+    """Whether the right that this migration gives is not the last one for its guest. `guest` is what the
+    catalog has under its name now."""
+    return guest is None or guest.id != migration.guest_id or guest.epoch > migration.epoch + 1
 
 
 def right_after_failover(state: State, peer: str, id: str, epoch: int) -> int:
@@ -157,12 +154,12 @@ def right_after_failover(state: State, peer: str, id: str, epoch: int) -> int:
     It is a later one if a handover from there has failed over: nobody else's right is left,
     and the source's copy is the guest, whether the source ever knew that the handover was open or not.
     """
-    for migration in state.migrations.values():
-        if (migration.source, migration.epoch, migration.state) == (peer, epoch, "failed-over"):
-            guest = state.guests.get(migration.guest)
-            if guest is not None and guest.id == id:
-                return epoch + 2
-    return epoch
+    failed = (
+        migration
+        for migration in state.migrations.values()
+        if migration.state == "failed-over" and (migration.source, migration.guest_id) == (peer, id)
+    )
+    return epoch + 2 if any(migration.epoch == epoch for migration in failed) else epoch
 
 
 def _reason(event: Event) -> str:

@@ -375,8 +375,8 @@ class Peer:
             self._perform(self._holder.renew(self._now))
 
     def _tell_contacts(self) -> None:
-        """Replicas first, those that look alive first, the nearest first; and some of those that this state
-        does not know: they were members when this peer last ran, and the state may be older than that."""
+        """Replicas first, those that look alive first, the nearest first; then those that this state does not
+        know: they were members when this peer last ran, and the state may be older than that."""
         replicas = self.raft.configuration.replicas
 
         def order(peer: str) -> tuple[bool, bool, float, str]:
@@ -386,8 +386,8 @@ class Peer:
 
         members = self.state.members
         others = (m.id for m in members.values() if m.status == "member" and m.id != self.own)
-        unknown = [peer for peer in self._first_contacts if peer not in members][: CONTACTS // 2]
-        contacts = (*sorted(others, key=order)[: CONTACTS - len(unknown)], *unknown)
+        unknown = (peer for peer in self._first_contacts if peer not in members)
+        contacts = (*sorted(others, key=order)[:CONTACTS], *unknown)
         if contacts != self._contacts:
             self._contacts = contacts
             self._inbox.append(raft.Contacts(contacts))

@@ -193,10 +193,8 @@ class Moves:
 
     def _tell_closed(self, shell: Shell, migration: entries.Migration) -> None:
         self._tell(shell, ev.Logged(migration.state))
-        copy = self._copy(migration)
         guest = self._process.state.guests.get(migration.guest)
-        id = copy.guest.id if copy is not None else None
-        if shell.side == "source" and handover.is_superseded(migration, id, guest):
+        if shell.side == "source" and handover.is_superseded(migration, guest):
             self._tell(shell, ev.Superseded())
 
     def _adopt_later(self, id: str) -> None:
@@ -211,7 +209,7 @@ class Moves:
 
     def _copy(self, migration: entries.Migration) -> Copy | None:
         for copy in self._host.copies.values():
-            if copy.guest.key == migration.guest and copy.migration in ("", migration.id):
+            if copy.guest.id == migration.guest_id and copy.migration in ("", migration.id):
                 return copy
         return None
 
@@ -466,13 +464,16 @@ class Moves:
         self._later(shell, ev.Synced(self._rng.random() > 0.1))
 
     def _do_Discard(self, shell: Shell, _effect: ev.Discard) -> None:
-        copy = self._copy(shell.migration)
-        if copy is not None and copy.migration == shell.migration.id:
-            shell.discards = copy
+        def held() -> Copy | None:
+            copy = self._copy(shell.migration)
+            return copy if copy is not None and copy.migration == shell.migration.id else None
+
+        shell.discards = held()
 
         def discard() -> None:
-            if shell.discards is not None:
-                self._host.remove(shell.discards)
+            copy = shell.discards or held()  # it may have been under way to be made
+            if copy is not None:
+                self._host.remove(copy)
                 self._process.here(self._process.keepers.wake)
             self._process.here(self._tell, shell, ev.Discarded())
 

@@ -13,6 +13,7 @@ from proto import handover_events as ev
 from proto.entries import Guest, Migration
 from proto.handover import DESTINATION_TABLE, SOURCE_TABLE, Destination, Source
 from proto.machine import Persist, Persisted, Send, WakeAt, Woken
+from proto.state import State
 from tests.sim.handover_world import MIGRATION, Violation, World
 from tests.sim.run import replay_command
 
@@ -92,7 +93,7 @@ def test_the_simulation_notices_planted_mistakes(
 
 
 def migration() -> Migration:
-    return Migration(id="m", guest="lab/g", epoch=1, source="s", destination="d", timeout=10.0)
+    return Migration(id="m", guest="lab/g", guest_id="g", epoch=1, source="s", destination="d", timeout=10.0)
 
 
 def test_every_row_names_an_event_and_an_action() -> None:
@@ -160,15 +161,25 @@ def test_that_the_guest_has_moved_on_is_remembered_until_the_release_is_certain(
     assert source.handle(ev.Logged("done"), 0.0)[0] == ev.Discard()
 
 
+def test_only_the_copy_of_the_moved_guest_is_its_sources_after_a_failover() -> None:
+    """Another guest of that name, made later, may be in the same epoch."""
+    made = migration()
+    for state, epoch in (("failed-over", 3), ("cancelled", 1), ("done", 1)):
+        log = State(migrations={"m": made.model_copy(update={"state": state})})
+        assert handover.right_after_failover(log, made.source, made.guest_id, made.epoch) == epoch
+        assert handover.right_after_failover(log, made.destination, made.guest_id, made.epoch) == 1
+        assert handover.right_after_failover(log, made.source, "later", made.epoch) == 1
+
+
 def test_only_a_later_right_supersedes() -> None:
     made = migration()
     guest = Guest(
         key=made.guest, id="g", image="i", memory=1 << 26, owner=made.destination, epoch=made.epoch + 1
     )
-    assert not handover.is_superseded(made, "g", guest)
-    assert handover.is_superseded(made, "g", guest.model_copy(update={"epoch": made.epoch + 2}))
-    assert handover.is_superseded(made, "earlier", guest)
-    assert handover.is_superseded(made, "g", None)
+    assert not handover.is_superseded(made, guest)
+    assert handover.is_superseded(made, guest.model_copy(update={"epoch": made.epoch + 2}))
+    assert handover.is_superseded(made, guest.model_copy(update={"id": "later"}))
+    assert handover.is_superseded(made, None)
 
 
 def destination_ready() -> Destination:

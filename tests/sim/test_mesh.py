@@ -49,7 +49,14 @@ def test_a_missing_protection_is_noticed(name: str) -> None:
 
 def migration(state: entries.HandoverState, source: str, destination: str) -> entries.Migration:
     return entries.Migration(
-        id="1" * 32, guest="lab/g", epoch=1, source=source, destination=destination, timeout=9.0, state=state
+        id="1" * 32,
+        guest="lab/g",
+        guest_id="g1",
+        epoch=1,
+        source=source,
+        destination=destination,
+        timeout=9.0,
+        state=state,
     )
 
 

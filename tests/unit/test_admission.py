@@ -73,7 +73,7 @@ def test_memory_taken_by_others_counts() -> None:
 
 
 def test_one_handover_at_a_time() -> None:
-    opened = Migration(id="m", guest="lab/g", epoch=1, source="s", destination="d", timeout=1.0)
+    opened = Migration(id="m", guest="lab/g", guest_id="g", epoch=1, source="s", destination="d", timeout=1.0)
     state = State(members=world().members, guests={"lab/g": guest()}, migrations={"m": opened})
     with pytest.raises(OperationError, match="being migrated already"):
         check_move(state, guest(), state.members["d"])

@@ -57,7 +57,7 @@ def test_running_guests_go_one_by_one_to_where_most_memory_is() -> None:
     assert move is not None
     assert (move.guest.name, move.to, move.live) == ("x", C, True)
     migration = entries.Migration(
-        id="1" * 32, guest="lab/x", epoch=1, source=A, destination=C, timeout=1.0, state="open"
+        id="1" * 32, guest="lab/x", guest_id="g1", epoch=1, source=A, destination=C, timeout=1.0, state="open"
     )
     moving = State(**{**state.__dict__, "migrations": {migration.id: migration}})
     assert drain.next_move(moving, hosts(state), 0.0) is None

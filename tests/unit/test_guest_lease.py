@@ -34,6 +34,7 @@ def state(owner: str = ME, epoch: int = 2, **migration: Any) -> State:
         given = {
             "id": "m",
             "guest": "lab/g",
+            "guest_id": "g1",
             "epoch": epoch,
             "source": OTHER,
             "destination": ME,

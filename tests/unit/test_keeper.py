@@ -91,7 +91,14 @@ async def test_the_end_of_a_stale_copy_is_not_taken_for_the_end_of_the_guest() -
 async def test_a_copy_whose_handover_failed_over_is_the_guest_though_its_peer_never_knew_of_it() -> None:
     """The peer gave the handover up before it was decided: nothing has left, nobody else has the guest."""
     migration = entries.Migration(
-        id="1" * 32, guest="lab/g", epoch=1, source=ME, destination="b" * 16, timeout=9.0, state="failed-over"
+        id="1" * 32,
+        guest="lab/g",
+        guest_id="g1",
+        epoch=1,
+        source=ME,
+        destination="b" * 16,
+        timeout=9.0,
+        state="failed-over",
     )
     catalog = Catalog({migration.id: migration})
     events = SimpleNamespace(emit=lambda *_, **__: None)

@@ -69,7 +69,7 @@ def test_the_first_pass_has_no_dirty_rate() -> None:
 
 def test_what_a_full_queue_of_a_migration_cannot_take_is_logged_and_dropped() -> None:
     migration = entries.Migration(
-        id="1" * 32, guest="lab/g", epoch=1, source="a" * 16, destination="b" * 16, timeout=9.0
+        id="1" * 32, guest="lab/g", guest_id="g1", epoch=1, source="a" * 16, destination="b" * 16, timeout=9.0
     )
     shell = Outgoing(cast(Surroundings, None), migration, None, Wishes())
     with capture_logs() as logs:
