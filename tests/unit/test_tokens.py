@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,3 +71,11 @@ def test_hashes_depend_on_id_and_secret() -> None:
     assert tokens.secret_matches("a", b"secret", kept)
     assert not tokens.secret_matches("a", b"Secret", kept)
     assert not tokens.secret_matches("b", b"secret", kept)
+
+
+@pytest.mark.parametrize("body", [b"\xc1", b"\x93", b"\x90\x90", b"\xc7\x00\x05"])
+def test_a_token_with_the_right_checksum_round_rubbish_is_refused(body: bytes) -> None:
+    text = base64.urlsafe_b64encode(body + tokens._checksum(body)).decode().rstrip("=")
+    with pytest.raises(OperationError, match="another version") as caught:
+        tokens.decode(tokens.PREFIX + text)
+    assert caught.value.code == "unsupported"
