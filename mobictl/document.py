@@ -21,6 +21,7 @@ from ruamel.yaml.events import (
     Event,
     MappingEndEvent,
     MappingStartEvent,
+    ScalarEvent,
     SequenceEndEvent,
     SequenceStartEvent,
 )
@@ -34,6 +35,7 @@ DEPTH: Final = 16
 EVENTS: Final = 100_000
 ALIASES: Final = 1_000
 VALUES: Final = 100_000
+DIGITS: Final = 40
 _TAG: Final = "tag:yaml.org,2002:"
 Mark = tuple[int, int]
 
@@ -155,6 +157,8 @@ def _check_events(document: Document, yaml: YAML) -> None:
             documents += depth == 1
         elif isinstance(event, MappingEndEvent | SequenceEndEvent):
             depth -= 1
+        elif isinstance(event, ScalarEvent) and not _printable(event.value):
+            raise _fail(document, event.start_mark, "half of a surrogate pair is no text")
         aliases += isinstance(event, AliasEvent)
         if depth > DEPTH:
             raise _fail(document, event.start_mark, f"nested deeper than {DEPTH} levels")
@@ -164,6 +168,15 @@ def _check_events(document: Document, yaml: YAML) -> None:
             )
         if documents > 1:
             raise _fail(document, event.start_mark, "a second document begins here; a file has one")
+
+
+def _printable(text: str) -> bool:
+    """Whether it can be shown to anybody: an escape such as `\\ud800` makes text that cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Builder:
@@ -222,6 +235,8 @@ class _Builder:
 
     def _scalar(self, node: ScalarNode, kind: str, path: Path) -> Any:
         text = cast(str, node.value)
+        if kind in ("int", "float") and len(text) > DIGITS:
+            raise _fail(self.document, node.start_mark, f"a number with more than {DIGITS} digits", path)
         try:
             if kind == "null":
                 return None

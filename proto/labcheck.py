@@ -55,6 +55,8 @@ def read_lab(text: str) -> Lab:
     """A lab as JSON text, as it travels in `lab.up` and lives in the catalog. Raises LabError."""
     try:
         data = json.loads(text)
+        # JSON can say half of a surrogate pair ("\ud800"), which is no text: nobody could be told of it.
+        json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise LabError([Problem((), f"not a lab as JSON text: {error}")]) from None
     return parse_lab(data)

@@ -11,7 +11,7 @@ import pytest
 from mobictl.document import DocumentError
 from mobictl.labfile import load_lab_file, parse_lab_file
 from proto.lab import lab_schema
-from proto.labcheck import read_lab, write_lab
+from proto.labcheck import LabError, read_lab, write_lab
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(p for p in (ROOT / "deploy/examples").glob("*.yaml") if "topology:" in p.read_text())
@@ -23,6 +23,12 @@ HEAD = "name: t\ntopology:\n  defaults: {image: mini}\n  nodes: {alpha: {}, beta
 def test_examples_are_right_and_survive_the_wire(path: Path) -> None:
     lab, _ = load_lab_file(path)
     assert read_lab(write_lab(lab)) == lab
+
+
+def test_half_of_a_surrogate_pair_in_a_lab_is_refused() -> None:
+    lab = {"name": "t", "topology": {"nodes": {"a": {}}, "links": [{"endpoints": ["\ud800", "a:eth1"]}]}}
+    with pytest.raises(LabError, match=r"not a lab as JSON text: .*surrogates not allowed"):
+        read_lab(json.dumps(lab))
 
 
 def test_schema_is_current() -> None:
@@ -38,6 +44,8 @@ WRONG = [
     ("name: [\n§", "not YAML: while parsing a flow node expected the node content, but found '<stream end>'"),
     ("a: §&a [*a]\n", "this value contains itself by an alias"),
     ("a: §!!python/object:os.system x\n", "the tag !!python/object:os.system is not allowed here"),
+    ('name: §"\\ud800"\n', "half of a surrogate pair is no text"),
+    ("name: t\nx: §0x" + "f" * 5000, "a number with more than 40 digits"),
     ("[[[[[[[[[[[[[[[[§[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[", "nested deeper than 16 levels"),
     ("a: 1\n---\n§b: 1\n", "a second document begins here; a file has one"),
     ("§name: t\n", "the key 'topology' is missing"),
