@@ -78,7 +78,7 @@ class Credentials:
                 raise ValueError(f"it has format {data['format']}, this version reads {FORMAT}")
             self.meshes = data["meshes"]
             self.peer_keys  # noqa: B018 - reading it checks its shape
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise OperationError(
                 "failed", f"{path} cannot be read: {error}", "remove it and log in again"
             ) from None

@@ -36,7 +36,7 @@ class Known:
     def load(cls, directory: Path) -> Known:
         """What is there; nothing if it cannot be read."""
         path = directory / "doors.json"
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
             data = json.loads(path.read_text())
             if data["format"] == FORMAT:
                 found = cls(path, dict(data["meshes"]), dict(data["places"]))

@@ -141,7 +141,7 @@ def load_manifest(directory: Path) -> Manifest:
         return Manifest(directory, peers, data["wan"])
     except FileNotFoundError:
         return Manifest(directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         reason = (error.strerror or "").lower() if isinstance(error, OSError) else error
         raise OperationError("failed", f"{path} cannot be read: {reason}", "give another --dir") from None
 

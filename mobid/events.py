@@ -115,7 +115,7 @@ class Events:
                         event = json.loads(line)
                         if event["time"] >= earliest and event["stamp"] > after:
                             yield event
-                    except (ValueError, KeyError, TypeError):
+                    except (ValueError, RecursionError, KeyError, TypeError):
                         continue
 
     def newer(self, after: int) -> tuple[list[dict[str, Any]], int]:

@@ -68,7 +68,7 @@ class Record:
             values["ports"] = tuple(values["ports"])
             values["interfaces"] = tuple(entries.Interface.model_validate(i) for i in values["interfaces"])
             return cls(**values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise OperationError("failed", f"{path} cannot be read: {error}") from error
 
 

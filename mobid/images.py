@@ -320,7 +320,7 @@ def _load(directory: Path) -> Image | None:
         image = Image(page["name"], page["root_sha256"], page["size"], page["init"], directory)
         if page["format"] != FORMAT or not image.root.is_file() or image.root.stat().st_size != image.size:
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
     return image
 

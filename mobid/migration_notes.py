@@ -36,7 +36,7 @@ class Notes:
                 if values["format"] != FORMAT or values["note"] not in ("releasing", "incoming", "refused"):
                     raise ValueError("it has another format")
                 found[path.stem] = values["note"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
                 log.error("migration.note.unreadable", path=str(path), reason=str(error))
         return found
 

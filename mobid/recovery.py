@@ -85,7 +85,7 @@ def read_known(path: Path) -> Known | None:
         voters = Configuration(frozenset(value.get("voters", ())), frozenset(value.get("outgoing", ())))
         fresh, returning = value.get("fresh", False), value.get("returning", False)
         return Known(value["mesh"], members, fresh, times, returning, voters)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, OSError) as error:
         raise OperationError(
             "failed",
             f"{path} is damaged: {error}",

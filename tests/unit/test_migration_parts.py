@@ -38,6 +38,7 @@ def test_an_unreadable_note_does_not_hide_the_others(tmp_path: Path) -> None:
     notes.put(ONE, "releasing")
     (tmp_path / f"{TWO}.json").write_text('{"format": 9, "note": "releasing"}')
     (tmp_path / "x.json").write_text("rubbish")
+    (tmp_path / "y.json").write_text("[" * 3000)
     assert notes.all() == {ONE: "releasing"}
 
 

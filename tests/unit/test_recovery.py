@@ -45,9 +45,10 @@ def test_what_is_known_of_the_mesh_is_kept(tmp_path: Path) -> None:
         assert read_known(path) == what
     path.write_text('{"mesh": "m", "members": []}')
     assert read_known(path) == Known("m", ())
-    path.write_text("{")
-    with pytest.raises(OperationError, match=r"mesh\.json is damaged"):
-        read_known(path)
+    for damaged in ("{", "[" * 3000):
+        path.write_text(damaged)
+        with pytest.raises(OperationError, match=r"mesh\.json is damaged"):
+            read_known(path)
 
 
 def test_with_others_a_damaged_catalog_is_put_aside_and_the_vote_is_remembered(tmp_path: Path) -> None:
