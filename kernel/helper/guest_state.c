@@ -19,6 +19,7 @@
 
 #define GO_TIMEOUT (10 * LOOP_SECOND)
 #define END_TIMEOUT (5 * LOOP_SECOND)
+#define ERROR_MAX 4095
 
 static const struct control_ticket nobody;
 
@@ -215,9 +216,11 @@ static void on_running(struct guest *guest, const struct freeze_report *report)
 
 static void on_failed(struct guest *guest, const struct freeze_report *report)
 {
+	/* Any number may stand there, and the smallest one has no opposite. */
+	int error = report->error < 0 && report->error >= -ERROR_MAX ? -report->error : EPROTO;
 	char message[GUEST_MESSAGE_MAX];
 
-	snprintf(message, sizeof(message), "%s: %s", report->text, strerror(-report->error));
+	snprintf(message, sizeof(message), "%s: %s", report->text, strerror(error));
 	log_warning("the guest's kernel refused: %s", message);
 	if (guest->pending == PENDING_GO)
 		tell_state(guest); /* not what `status` has said */
