@@ -224,11 +224,14 @@ class Helper:
             message = None
         if isinstance(message, dict) and "event" in message:
             self._keep_event(message)
-        elif isinstance(message, dict) and (call := self._calls.get(message.get("id", 0))):
+        elif isinstance(message, dict) and (call := self._call_of(message.get("id"))):
             call.reply, call.fds = message, fds
             call.done.set()
             return
         _close_all(fds)
+
+    def _call_of(self, number: object) -> _Call | None:
+        return self._calls.get(number) if isinstance(number, int) else None
 
     def _keep_event(self, event: dict[str, Any]) -> None:
         try:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgpack
 import pytest
 import trio
 import trio.testing
@@ -106,6 +107,13 @@ async def test_replies_out_of_order(start: Starter) -> None:
             await helper.call("hello")
             order.append("hello")
     assert order == ["hello", "freeze"]
+
+
+@pytest.mark.parametrize("message", [{"id": [1]}, {"id": {}, "ok": True}, {"id": "1"}, [1], {"event": 5}])
+async def test_a_message_of_no_use_is_none(start: Starter, message: object) -> None:
+    helper = await start()
+    helper._dispatch(msgpack.packb(message), [])
+    assert (await helper.call("status"))[0]["ok"] is True
 
 
 async def test_a_late_reply_is_forgotten_with_its_descriptors(start: Starter) -> None:
