@@ -28,7 +28,7 @@ check:
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
-	@clang-format --dry-run --Werror kernel/helper/*.[ch] kernel/guest/*.[ch]
+	@clang-format --dry-run --Werror kernel/helper/*.[ch] kernel/helper/fuzz/*.[ch] kernel/guest/*.[ch]
 	@kernel/helper/tidy build/helper
 
 bench: setup
@@ -50,7 +50,7 @@ sim:
 	@$(PYTHON) -m tests.sim.run --seeds $(SEEDS) --start $(START)
 
 format:
-	@.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format . ; clang-format -i kernel/helper/*.[ch] kernel/guest/*.[ch]
+	@.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format . ; clang-format -i kernel/helper/*.[ch] kernel/helper/fuzz/*.[ch] kernel/guest/*.[ch]
 
 clean:
 	rm -rf build
