@@ -6,7 +6,7 @@ N ?= 200
 T ?= 600
 START ?= 1
 
-.PHONY: setup demo test test-fast check bench soak faults chaos sim format clean
+.PHONY: setup demo test test-fast check bench soak faults chaos sim fuzz format clean
 
 setup:
 	@python3 -c 'import tomllib' 2>/dev/null || { echo 'setup: Python 3.11 or newer is needed (Debian 12 has it)' >&2; exit 1; }
@@ -44,6 +44,11 @@ chaos: setup
 
 faults: setup
 	@$(PYTHON) -m tests.faults $(or $(B),migration)
+
+fuzz: T = 60
+fuzz:
+	@python3 deploy/setup.py packages python
+	@$(PYTHON) -m tests.fuzz --seconds $(T)
 
 sim:
 	@python3 deploy/setup.py packages python
