@@ -9,10 +9,10 @@ whose sanitizers end the process at a byte read outside its buffer or a number t
 
 A *target* is one parser and what must hold of it: it refuses with its documented errors and with nothing
 else, and what it accepts is written by the encoder and read again as the same. The Python targets are in this
-package, by where their bytes come from: `network`, `gossip`, `guests`, `disk`, `files`, `people`; what a
-target is stands in `target`. Those of the helper are in `kernel/helper/fuzz/`, their inputs in `helper`.
-Where a checksum or a seal stands before the parser, the target makes it right: it is no secret, or its holder
-is the one who must not be trusted.
+package, by where their bytes come from: `network`, `gossip`, `guests`, `disk`, `files`, `people`; `machines`
+has those that go on to the machine behind the parser. What a target is stands in `target`. The helper's are
+in `kernel/helper/fuzz/`, their first inputs in `helper`. Where a checksum or a seal stands before a parser,
+the target makes it right: it is no secret, or its holder is the one who must not be trusted.
 
 `make fuzz T=60` runs each for that many seconds (`__main__`). A finding is kept as
 `build/fuzz/NAME/crash-…`, told with the command that replays it, and tried again by the next run. The last
