@@ -51,7 +51,7 @@ def migration(state: entries.HandoverState, source: str, destination: str) -> en
     return entries.Migration(
         id="1" * 32,
         guest="lab/g",
-        guest_id="g1",
+        guest_id="g",
         epoch=1,
         source=source,
         destination=destination,
