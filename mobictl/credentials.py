@@ -25,6 +25,7 @@ from mobictl.files import replace_file
 from mobictl.places import config_directory
 from proto.api import OperationError
 from proto.identity import to_pem
+from proto.jsontext import parse_json
 
 FORMAT = 1
 
@@ -73,12 +74,12 @@ class Credentials:
     def _read(self) -> None:
         path = self.directory / "meshes.json"
         try:
-            data: Any = json.loads(path.read_text()) if path.exists() else {"format": FORMAT, "meshes": {}}
+            data: Any = parse_json(path.read_text()) if path.exists() else {"format": FORMAT, "meshes": {}}
             if data["format"] != FORMAT:
                 raise ValueError(f"it has format {data['format']}, this version reads {FORMAT}")
             self.meshes = data["meshes"]
             self.peer_keys  # noqa: B018 - reading it checks its shape
-        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OperationError(
                 "failed", f"{path} cannot be read: {error}", "remove it and log in again"
             ) from None

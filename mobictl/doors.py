@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from mobictl import places
 from mobictl.files import replace_file
+from proto.jsontext import parse_json
 
 FORMAT: Final = 1
 FRESH: Final = 60.0
@@ -36,8 +37,8 @@ class Known:
     def load(cls, directory: Path) -> Known:
         """What is there; nothing if it cannot be read."""
         path = directory / "doors.json"
-        with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            data = json.loads(path.read_text())
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            data = parse_json(path.read_text())
             if data["format"] == FORMAT:
                 found = cls(path, dict(data["meshes"]), dict(data["places"]))
                 for mesh in found.meshes:

@@ -22,6 +22,7 @@ import platformdirs
 
 from mobictl.files import replace_file
 from proto.api import OperationError
+from proto.jsontext import parse_json
 
 FORMAT = 1
 MANIFEST = "up.json"
@@ -134,14 +135,14 @@ def load_manifest(directory: Path) -> Manifest:
     """The manifest of a directory, empty if there is none. Raises OperationError for one that is no good."""
     path = directory / MANIFEST
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_text())
         if data["format"] != FORMAT:
             raise ValueError(f"it has format {data['format']}, this version reads {FORMAT}")
         peers = [LocalPeer(p["name"], directory / p["directory"], p["listen"]) for p in data["peers"]]
         return Manifest(directory, peers, data["wan"])
     except FileNotFoundError:
         return Manifest(directory)
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = (error.strerror or "").lower() if isinstance(error, OSError) else error
         raise OperationError("failed", f"{path} cannot be read: {reason}", "give another --dir") from None
 

@@ -23,6 +23,7 @@ import structlog
 
 from mobid.signal import Changed
 from mobid.stamps import HybridClock
+from proto.jsontext import parse_json
 
 LIMIT = 4 << 20
 """Bytes in one file before it is rotated; two are kept."""
@@ -112,10 +113,10 @@ class Events:
             with path.open("rb") as file:
                 for line in file:
                     try:
-                        event = json.loads(line)
+                        event = parse_json(line)
                         if event["time"] >= earliest and event["stamp"] > after:
                             yield event
-                    except (ValueError, RecursionError, KeyError, TypeError):
+                    except (ValueError, KeyError, TypeError):
                         continue
 
     def newer(self, after: int) -> tuple[list[dict[str, Any]], int]:

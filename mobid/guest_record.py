@@ -17,6 +17,7 @@ from typing import Any, Literal
 from mobid.guest_disk import DiskPlan
 from proto import entries
 from proto.api import OperationError
+from proto.jsontext import parse_json
 
 FORMAT = 1
 
@@ -61,14 +62,14 @@ class Record:
         """Read `guest.json`; raises `OperationError` if it cannot be used."""
         path = directory / "guest.json"
         try:
-            values = json.loads(path.read_bytes())
+            values = parse_json(path.read_bytes())
             if values.pop("format") != FORMAT:
                 raise OperationError("unsupported", f"{path} has a format this version does not read")
             values["disks"] = tuple(DiskPlan.from_dict(directory, disk) for disk in values["disks"])
             values["ports"] = tuple(values["ports"])
             values["interfaces"] = tuple(entries.Interface.model_validate(i) for i in values["interfaces"])
             return cls(**values)
-        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OperationError("failed", f"{path} cannot be read: {error}") from error
 
 

@@ -32,6 +32,7 @@ from mobid.catalog import Catalog
 from mobid.links import Links, Stream
 from mobid.operations import Request, operation
 from proto.api import NAME_PATTERN, Arguments, OperationError
+from proto.jsontext import parse_json
 
 FORMAT = 1
 CHUNK = 1 << 20
@@ -316,11 +317,11 @@ class Images:
 def _load(directory: Path) -> Image | None:
     """The image in a directory, or None if it is not one this version can use."""
     try:
-        page = json.loads((directory / "image.json").read_text())
+        page = parse_json((directory / "image.json").read_text())
         image = Image(page["name"], page["root_sha256"], page["size"], page["init"], directory)
         if page["format"] != FORMAT or not image.root.is_file() or image.root.stat().st_size != image.size:
             return None
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return image
 

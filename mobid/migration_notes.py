@@ -14,6 +14,7 @@ import structlog
 
 from mobid.config import sync_directory, write_durably
 from proto.handover_events import Note
+from proto.jsontext import parse_json
 
 FORMAT = 1
 
@@ -32,11 +33,11 @@ class Notes:
         found: dict[str, Note] = {}
         for path in sorted(self._directory.glob("*.json")):
             try:
-                values = json.loads(path.read_bytes())
+                values = parse_json(path.read_bytes())
                 if values["format"] != FORMAT or values["note"] not in ("releasing", "incoming", "refused"):
                     raise ValueError("it has another format")
                 found[path.stem] = values["note"]
-            except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 log.error("migration.note.unreadable", path=str(path), reason=str(error))
         return found
 

@@ -33,6 +33,7 @@ from mobid.config import Times, sync_directory, unwritable, write_durably
 from mobid.store import Store, surviving_ballot
 from proto import entries
 from proto.api import OperationError
+from proto.jsontext import parse_json
 from proto.log import DamagedError
 from proto.raft.configuration import Configuration
 from proto.raft.events import Ballot
@@ -76,7 +77,7 @@ def read_known(path: Path) -> Known | None:
     if not path.exists():
         return None
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(path.read_text())
         members = tuple(
             entries.Member(**{**member, "certificate": bytes.fromhex(member["certificate"])})
             for member in value["members"]
@@ -85,7 +86,7 @@ def read_known(path: Path) -> Known | None:
         voters = Configuration(frozenset(value.get("voters", ())), frozenset(value.get("outgoing", ())))
         fresh, returning = value.get("fresh", False), value.get("returning", False)
         return Known(value["mesh"], members, fresh, times, returning, voters)
-    except (ValueError, RecursionError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise OperationError(
             "failed",
             f"{path} is damaged: {error}",

@@ -18,6 +18,7 @@ from mobictl.labfile import parse_lab_file
 from mobid.config import parse_listen
 from proto import addresses, labcheck, labfields, tokens, units
 from proto.api import OperationError
+from proto.jsontext import parse_json
 from proto.lab import dump_lab
 from proto.scale import scaled
 from proto.wan import WanError, parse_wan
@@ -144,6 +145,6 @@ def listen_addresses(data: bytes) -> None:
 def _json(data: bytes) -> Any:
     """The value, None if it is no JSON: then the target has nothing to do."""
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
+        return parse_json(data)
+    except ValueError:
         return None

@@ -74,17 +74,24 @@ class Watched(Keeper):
         await trio.sleep_forever()
 
 
+def watched(catalog: Catalog, events: SimpleNamespace) -> Watched:
+    return Watched(SimpleNamespace(me=ME, catalog=catalog, events=events, lease=Lease(), clock=lambda: 9.0))
+
+
+async def run_until(keeper: Keeper, seen: trio.Event) -> None:
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keeper.run)
+            await seen.wait()
+            nursery.cancel_scope.cancel()
+
+
 async def test_the_end_of_a_stale_copy_is_not_taken_for_the_end_of_the_guest() -> None:
     """It went elsewhere and came back by two failovers: what is here is not it."""
     catalog, emitted = Catalog(), list[str]()
     events = SimpleNamespace(emit=lambda kind, **_: emitted.append(kind))
-    keeping = SimpleNamespace(me=ME, catalog=catalog, events=events, lease=Lease(), clock=lambda: 9.0)
-    keeper = Watched(keeping)
-    with trio.fail_after(5):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(keeper.run)
-            await keeper.discards.wait()
-            nursery.cancel_scope.cancel()
+    keeper = watched(catalog, events)
+    await run_until(keeper, keeper.discards)
     assert (catalog.proposed, emitted) == ([], [])
 
 
@@ -102,13 +109,8 @@ async def test_a_copy_whose_handover_failed_over_is_the_guest_though_its_peer_ne
     )
     catalog = Catalog({migration.id: migration})
     events = SimpleNamespace(emit=lambda *_, **__: None)
-    keeping = SimpleNamespace(me=ME, catalog=catalog, events=events, lease=Lease(), clock=lambda: 9.0)
-    keeper = Watched(keeping)
-    with trio.fail_after(5):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(keeper.run)
-            await catalog.reported.wait()
-            nursery.cancel_scope.cancel()
+    keeper = watched(catalog, events)
+    await run_until(keeper, catalog.reported)
     (batch,) = catalog.proposed
     assert isinstance(batch, entries.Batch)
     report = batch.entries[0]

@@ -524,39 +524,43 @@ def test_a_lost_peers_lease_bound_guests_start_elsewhere_and_it_finds_that_out_w
     assert any(found.peer == ident("d") for found in cluster.leader.found)
 
 
+def evict_within_its_lease(cluster: Cluster, name: str) -> Host:
+    """Evict a peer that is cut off and holds a lease; returns the coordinator."""
+    cluster.run(0.5)
+    cluster.split(name, "".join(cluster.hosts.keys() - {name}))
+    cluster.commit("a", e.RemovePeer(peer=ident(name), force=True))
+    assert held(cluster, cluster.hosts[name])
+    return cluster.leader
+
+
+def assert_over(cluster: Cluster, name: str) -> None:
+    """The evicted peer holds no lease, and its loss is told no more."""
+    assert not held(cluster, cluster.hosts[name])
+    leader = cluster.leader
+    told = len(leader.lost)
+    cluster.run(5.0)
+    assert len(leader.lost) == told, "nothing hangs on it any more"
+
+
 def test_an_evicted_peers_bound_guests_wait_for_its_lease_and_start_elsewhere() -> None:
     cluster = mesh("abcd", "abc")
     cluster.commit("a", guest("bound", "d"))
     cluster.commit("a", guest("free", "d", on_partition="run"))
-    cluster.run(0.5)
-    cluster.split("d", "abc")
-    cluster.commit("a", e.RemovePeer(peer=ident("d"), force=True))
-    leader = cluster.leader
-    assert held(cluster, cluster.hosts["d"])
+    leader = evict_within_its_lease(cluster, "d")
     assert leader.state.guests["lab/bound"].state == "fenced"
     assert leader.state.guests["lab/free"].state == "lost"
     cluster.until(lambda: leader.state.guests["lab/bound"].epoch == 2)
-    assert not held(cluster, cluster.hosts["d"])
-    told = len(leader.lost)
-    cluster.run(5.0)
-    assert len(leader.lost) == told, "nothing hangs on it any more"
+    assert_over(cluster, "d")
 
 
 def test_an_evicted_peers_guest_that_is_not_wanted_running_is_lost_only_when_the_lease_is_out() -> None:
     """Nobody has seen it stop there, so that nobody may start it elsewhere before."""
     cluster = mesh("abcd", "abc")
     cluster.commit("a", guest("going", "d", state="running", wanted="stopped"))
-    cluster.run(0.5)
-    cluster.split("d", "abc")
-    cluster.commit("a", e.RemovePeer(peer=ident("d"), force=True))
-    leader = cluster.leader
-    assert held(cluster, cluster.hosts["d"])
+    leader = evict_within_its_lease(cluster, "d")
     assert leader.state.guests["lab/going"].state == "fenced"
     cluster.until(lambda: leader.state.guests["lab/going"].state == "lost")
-    assert not held(cluster, cluster.hosts["d"])
-    told = len(leader.lost)
-    cluster.run(5.0)
-    assert len(leader.lost) == told, "nothing hangs on it any more"
+    assert_over(cluster, "d")
 
 
 def test_a_guest_for_which_nobody_has_room_is_marked_once_and_goes_on_when_there_is() -> None:

@@ -182,7 +182,7 @@ def test_an_answer_counts_for_the_probes_before_it() -> None:
 
 def test_doubt_of_oneself_does_not_multiply_a_long_way() -> None:
     rig = doubting(A, 0.6)
-    rig.until(rig.now + 4 * SETTINGS.longest_timeout)
+    rig.until(rig.now + SETTINGS.tries * SETTINGS.longest_timeout)
     assert (A, "suspect") in rig.turned
 
 
